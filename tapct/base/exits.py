@@ -8,7 +8,7 @@
 | 2 | wrong input, or a file or disk that cannot be used; one line names the next step |
 | 3 | another rank ended or hangs; the cause is in the log of that rank |
 | 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed; or
-      `tapct embed` has no result of some scans, or `tapct eval` of some tasks |
+      `tapct embed` has no result of some scans, or `tapct eval` of some tasks or models |
 | 130 | interrupted by Ctrl-C |
 | 143 | `tapct index`, `pack`, `phantom`, `embed` or `sweep` was ended by SIGTERM |
 """

@@ -128,8 +128,9 @@ def evaluate(
     """Evaluate the frozen features of a run or of exported weights.
 
     Baselines solve the same tasks: untrained models, raw HU values and the position in the body
-    (eval.baselines). Features are computed once and kept (eval.cache). If one of several tasks has
-    no result on these scans, the results of the other tasks are written, and the exit code is 4.
+    (eval.baselines). Features are computed once and kept (eval.cache). If one of several tasks or
+    of the further models fails or has no result on these scans, all other results are written, and
+    the exit code is 4.
     """
     from tapct.data.index.share import WHOLE, parse_share
     from tapct.eval.runner import ShareComputed
@@ -153,11 +154,10 @@ def evaluate(
     for line in found.evaluation.lines():
         console.say(line)
     console.say(f"results and pictures in {found.folder}")
-    missing = found.evaluation.without_result
+    missing = found.evaluation.missing()
     if missing:
         raise exits.Incomplete(
-            f"{counted(len(missing), 'task')} without a result: {', '.join(missing)}; the lines "
-            "above give the reasons, and the results of the other tasks are written"
+            f"{missing}; the lines above give the reasons, and all other results are written"
         )
 
 

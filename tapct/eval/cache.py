@@ -194,6 +194,10 @@ def _code_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class CacheNotWritable(UserError):
+    """The folder of the feature cache cannot be used: no fault of the model or the scan at work."""
+
+
 class FeatureCache:
     """Features in a folder, which is made at the first write.
 
@@ -342,9 +346,9 @@ class FeatureCache:
             "evaluation will compute some of them again"
         )
 
-    def not_writable(self, error: OSError) -> UserError:
+    def not_writable(self, error: OSError) -> CacheNotWritable:
         """The error line where the folder cannot be used."""
-        return UserError(
+        return CacheNotWritable(
             f"the feature cache {self.folder} cannot be written: {files.first_cause(error)}; "
             "choose another folder with eval.cache.path"
         )

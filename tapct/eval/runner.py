@@ -20,6 +20,9 @@ from typing import ClassVar
 
 import torch
 
+from tapct.base.counted import counted
+from tapct.base.exits import UserError
+from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.index.share import WHOLE, Share
@@ -224,12 +227,13 @@ def evaluate(
         share: scans whose features this process computes, for several that compute at once; a last
             call for the whole computes what is left and evaluates.
     Returns:
-        What `results.json` holds; a task that has no result on these scans is named in
-        `without_result`.
+        What `results.json` holds; a task that has no result is named in `without_result`, and a
+        model whose features cannot be computed in `models_without_result`.
     Raises:
         UserError: no task, no usable scan, no task with a result, a setting that names an unknown
-            label, windows off the patch grid, features that are not finite, or too many scans that
-            cannot be read.
+            label, windows off the patch grid, features of the first model that are not finite, or
+            too many scans that cannot be read.
+        Exception: the error of the first model, or of the last task that is left.
         ShareComputed: the features of a share are in the cache.
     """
     began = time.perf_counter()
@@ -263,7 +267,14 @@ def evaluate(
             max_skips=max_skips,
         )
         steps = _fill(reader, progress, share)
+        failed = {name: without_absolute_paths(why) for name, why in found.failures.reasons.items()}
         if share != WHOLE:
+            if failed:
+                names = ", ".join(failed)
+                raise UserError(
+                    "the features of this part are computed, except those of "
+                    f"{counted(len(failed), 'model')}: {names}; the lines above give the reasons"
+                )
             raise ShareComputed
         _learn(reader, steps)
         album = _test(reader, config, out, steps)
@@ -274,6 +285,7 @@ def evaluate(
     evaluation = Evaluation(
         tasks=sections,
         without_result=without_result,
+        models_without_result=failed,
         split=split_record(reader, check_held_out, on_validation, chosen_on),
         preprocess=to_dict(settled[0].preprocess),
         patch=settled[0].patch,
@@ -360,46 +372,57 @@ def _fill(reader: ScanReader, progress: Callable[[int, int], None] | None, share
 
 def _learn(reader: ScanReader, steps: _Steps) -> None:
     """Hand the training scans to the tasks, and fit them."""
-    tasks = {each.name: each.task for each in reader.task_runs}
+    failures = reader.failures
     for one in reader.on_side("train"):
-        for name, truth in one.truths.items():
-            tasks[name].learn(one.model.name, one.dense, truth)
+        for each in reader.task_runs:
+            if each.name in one.truths:
+                with failures.caught(each.name, f"learn() of {one.place}"):
+                    each.task.learn(one.model.name, one.dense, one.truths[each.name])
         if one.is_last:
             steps.add()
         del one  # its features, before the next ones are read
-    for task in tasks.values():
-        task.fit()
+    for each in reader.task_runs:
+        with failures.caught(each.name, "fit()"):
+            each.task.fit()
 
 
 def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album:
     """Hand the test scans to the tasks; returns the pictures of the first few."""
-    album, tasks = Album(out), {each.name: each.task for each in reader.task_runs}
+    album, failures = Album(out), reader.failures
     label_maps = PredictionFiles(EvaluationFolder(out).predictions, reader.store)
     outputs, number = Outputs(), 0
     for one in reader.on_side("test"):
         gets_pictures = number < config.num_pictures
-        for name, truth in one.truths.items():
-            prediction = tasks[name].judge(one.model.name, one.dense, truth)
-            labels = tasks[name].label_map(truth, prediction)
-            if labels is not None:
-                label_maps.write(
-                    name,
-                    one.model.name,
-                    one.scan.labelled.id,
-                    labels,
-                    tasks[name].prediction_format,
-                )
-            if gets_pictures:
-                outputs.add(name, one, prediction)
+        for each in reader.task_runs:
+            if each.name not in one.truths:
+                continue
+            task, truth = each.task, one.truths[each.name]
+            with failures.caught(each.name, f"judge() of {one.place}"):
+                prediction = task.judge(one.model.name, one.dense, truth)
+                if gets_pictures:
+                    outputs.add(each.name, one, prediction)
+            if each.name not in failures.left:
+                continue
+            with failures.caught(each.name, f"label_map() of {one.place}"):
+                labels = task.label_map(truth, prediction)
+                if labels is not None:
+                    label_maps.write(
+                        each.name,
+                        one.model.name,
+                        one.scan.labelled.id,
+                        labels,
+                        task.prediction_format,
+                    )
         if gets_pictures:
             outputs.dense[one.model.name] = one.dense
         if one.is_last:
             if gets_pictures:
+                tasks = {each.name: each.task for each in reader.task_runs}
                 album.add(one.scan.labelled, one.scan.truths, tasks, outputs)
             outputs, number = Outputs(), number + 1
             steps.add()
         del one
     label_maps.report()
     if config.num_pictures:
-        album.add_results(tasks)
+        album.add_results({each.name: each.task for each in reader.task_runs})
     return album

@@ -240,8 +240,8 @@ def evaluation_part(
         )
     parts = [f'<p class="muted">Evaluated on {text(shown_one.title)}.</p>']
     parts += [task_part(name, one, evaluation) for name, one in evaluation.tasks.items()]
-    for name, why in evaluation.without_result.items():
-        parts.append(f'<p class="missing">No result of {text(name)}: {text(why)}</p>')
+    for line in evaluation.missing_lines():
+        parts.append(f'<p class="missing">{text(line[0].upper() + line[1:])}</p>')
     parts.append(picture_part(shown_one, evaluation, share))
     if evaluation.seconds > 0:
         seconds = number(evaluation.seconds, 3)

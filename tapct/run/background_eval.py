@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from tapct.base import console, ranks, signals
+from tapct.base.exits import INCOMPLETE
 from tapct.engine.checkpoint import Checkpoints
 from tapct.engine.stop import StopFlag, job_deadline
 from tapct.eval.results import best_record
@@ -100,8 +101,11 @@ class Evaluations:
         """Whether the child process is running; reports it once if the child has failed."""
         if self.child is not None and self.child.poll() is not None:
             if self.child.returncode:
+                end = "failed"
+                if self.child.returncode == INCOMPLETE:
+                    end = "has no result of some tasks or models"
                 console.say(
-                    f"the evaluation of step {self.child_step} failed, see "
+                    f"the evaluation of step {self.child_step} {end}, see "
                     f"{self.log_of(self.child_step)}"
                 )
             self.child = None

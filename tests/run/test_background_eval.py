@@ -256,18 +256,23 @@ def test_the_checkpoint_of_a_stop_is_not_the_last_one(
     assert steps_started(calls) == [8, 12]
 
 
+@pytest.mark.parametrize(
+    ("code", "end"), [(2, "failed"), (4, "has no result of some tasks or models")]
+)
 def test_an_evaluation_that_fails_is_reported(
     tmp_path: Path,
     store: Path,
     fake_python: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
+    code: int,
+    end: str,
 ) -> None:
-    fake_python("exit 2")
+    fake_python(f"exit {code}")
     assert pretrain.train(
         config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)
     ) == loop.Stop(12)
     log = evaluation_of(tmp_path / "run", 12).log
-    assert f"the evaluation of step 12 failed, see {log}" in " ".join(
+    assert f"the evaluation of step 12 {end}, see {log}" in " ".join(
         capsys.readouterr().out.split()
     )
 

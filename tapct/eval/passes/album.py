@@ -4,7 +4,8 @@ and of all test scans together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tapct.base import console
 from tapct.eval.contract import Task
 from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.passes.failures import ends_all, reason_of
 from tapct.eval.passes.reader import ModelOnScan
 from tapct.eval.pictures import drawing, volumes
 from tapct.eval.pictures.volumes import FeatureLayer, LabelLayer
@@ -42,7 +45,8 @@ class Outputs:
 
 
 class Album:
-    """Draws the pictures of test scans and keeps their entries for the results.
+    """Draws the pictures of test scans and keeps their entries for the results. A picture that
+    cannot be drawn is named and left out.
 
     Args:
         out: folder of results.json.
@@ -67,24 +71,40 @@ class Album:
         Args:
             scan: test scan.
             truths: patch grid -> task name -> what its `truth` returned for the scan.
-            tasks: task name -> task.
+            tasks: task name -> task, of those that have not failed.
             outputs: what the models gave.
         """
         slices: tuple[int, int] | None = None  # axial and coronal slice of the feature picture
         layers: list[LabelLayer] = []
         for number, (grid, truth_of) in enumerate(truths.items(), start=1):
-            for name, truth in truth_of.items():
+            for name, task in tasks.items():
+                if name not in truth_of:
+                    continue
+                truth, predictions = truth_of[name], outputs.predictions[name][grid]
                 ending = "" if number == 1 else f"_{number}"
                 file = self.folder / name / f"{scan.id}{ending}.png"
-                caption = tasks[name].draw(file, truth, outputs.predictions[name][grid])
-                if caption:
-                    picture = Picture(scan.id, self.below_out(file), caption)
-                    self.of_task.setdefault(name, []).append(picture)
-                drawn = tasks[name].layers(truth, outputs.predictions[name][grid])
-                known = {layer.title for layer in layers}  # the truth is the same on every grid
-                layers += [layer for layer in drawn if layer.title not in known]
-                # the first task that names slices decides
-                slices = slices or tasks[name].slices_of_interest(truth)
+                with _lost(f"task {name}", f"draw() of scan {scan.id}"):
+                    caption = task.draw(file, truth, predictions)
+                    if caption:
+                        picture = Picture(scan.id, self.below_out(file), caption)
+                        self.of_task.setdefault(name, []).append(picture)
+                with _lost(f"task {name}", f"layers() of scan {scan.id}"):
+                    drawn = task.layers(truth, predictions)
+                    known = {layer.title for layer in layers}  # the truth is the same on every grid
+                    layers += [layer for layer in drawn if layer.title not in known]
+                with _lost(f"task {name}", f"slices_of_interest() of scan {scan.id}"):
+                    # the first task that names slices decides
+                    slices = slices or task.slices_of_interest(truth)
+        with _lost("features", f"drawing scan {scan.id}"):
+            self._add_features(scan, layers, outputs, slices)
+
+    def _add_features(
+        self,
+        scan: LabelledScan,
+        layers: Sequence[LabelLayer],
+        outputs: Outputs,
+        slices: tuple[int, int] | None,
+    ) -> None:
         hu_ZYX, spacing_mm = scan.volume.hu_ZYX, scan.volume.spacing_mm
         if slices is None:
             slices = (hu_ZYX.shape[0] // 2, hu_ZYX.shape[1] // 2)
@@ -130,11 +150,28 @@ class Album:
         """Draw the pictures of tasks that have one of all test scans."""
         for name, task in tasks.items():
             file = self.folder / name / "all_scans.png"
-            caption = task.draw_results(file)
-            if caption:
-                picture = Picture("", self.below_out(file), caption)
-                self.of_task.setdefault(name, []).append(picture)
+            with _lost(f"task {name}", "draw_results()"):
+                caption = task.draw_results(file)
+                if caption:
+                    picture = Picture("", self.below_out(file), caption)
+                    self.of_task.setdefault(name, []).append(picture)
 
     def below_out(self, file: Path) -> str:
         """Path of a picture as results.json holds it."""
         return file.relative_to(self.out).as_posix()
+
+
+@contextmanager
+def _lost(what: str, doing: str) -> Iterator[None]:
+    """Within this context, an error costs a picture, which is printed, and nothing else.
+
+    Args:
+        what: what the picture shows, e.g. `task depth`.
+        doing: what is being done, for an error that a user cannot correct.
+    """
+    try:
+        yield
+    except Exception as error:
+        if ends_all(error):
+            raise
+        console.say_line(f"{what}: a picture is left out: {reason_of(f'{what}: ', doing, error)}")

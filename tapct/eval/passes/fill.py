@@ -6,6 +6,7 @@ prepared in a thread meanwhile.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Size3
 from tapct.data.packed.packed_scan import Damaged
 from tapct.data.packed.store import Store
-from tapct.eval.cache import CacheSink, FeatureCache
+from tapct.eval.cache import CacheNotWritable, CacheSink, FeatureCache
 from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.features.extraction import Extractor, dense_of
 from tapct.eval.features.prepared import Prepared, prepare
@@ -26,6 +27,7 @@ from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import LOAD, PREPARE, READ, Stopwatch
 from tapct.eval.models.evaluated import EvaluatedModel
 from tapct.eval.passes.ahead import one_ahead
+from tapct.eval.passes.failures import LeftOut, ends_all
 from tapct.eval.scans import labelled_scan
 from tapct.eval.scans.labelled_scan import LabelledScan, StoredVolume
 from tapct.eval.scans.usable import ScanRow
@@ -53,16 +55,26 @@ class Ready:
     """A scan that was read and prepared.
 
     Args:
-        inputs: prepared scan by setting.
+        inputs: prepared scan by setting, or the error of preparing it.
         unreadable: reason why it cannot be read; empty where it can.
     """
 
-    inputs: Mapping[Setting, Prepared]
+    inputs: Mapping[Setting, Prepared | Exception]
     unreadable: str = ""
+
+    def input_of(self, setting: Setting) -> Prepared:
+        """The prepared scan. Raises: the error of preparing it."""
+        found = self.inputs[setting]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 class Features:
     """The features of the scans and models of one evaluation.
+
+    A model that fails is left out, and the features of the others are computed. The first model is
+    the one that the evaluation is about: its error is raised.
 
     Args:
         models: models.
@@ -71,9 +83,10 @@ class Features:
         batch: windows per call.
         device: device that features are computed on and read to.
     Attributes:
+        models: models that have not failed; failed ones are in it until `release`.
         stopwatch: seconds by part.
         unreadable: scan ID -> reason why the scan could not be read.
-        num_extracted: pairs of scan and model whose features were computed.
+        failures: models that have failed.
     """
 
     def __init__(
@@ -89,8 +102,14 @@ class Features:
         self.batch, self.device = batch, device
         self.stopwatch = Stopwatch()
         self.unreadable: dict[str, str] = {}
-        self.num_extracted = 0
+        self.failures = LeftOut("model", [model.name for model in models], models[0].name)
+        self._num_extracted: Counter[str] = Counter()
         self._loaded: dict[int, nn.Module] = {}
+
+    @property
+    def num_extracted(self) -> int:
+        """Pairs of scan and model whose features were computed, without models that failed."""
+        return self._num_extracted.total()
 
     def missing(self, rows: Iterable[ScanRow]) -> list[Wanted]:
         """The scans that lack features of some model; features of equal models count once."""
@@ -127,28 +146,43 @@ class Features:
         if not wanted:
             return
         with ExitStack() as stack:
-            sinks: list[CacheSink] = []
-            stack.callback(lambda: abandon(sinks))
+            sinks: dict[int, list[CacheSink]] = {}
+            stack.callback(lambda: abandon(sink for some in sinks.values() for sink in some))
             extractors: dict[int, Extractor] = {}
             for one, ready in one_ahead(wanted, self._make_ready):
                 if ready.unreadable:
                     self.unreadable[one.scan.id] = ready.unreadable
                     check()
                 for number, blocks in one.blocks.items():
-                    if not ready.unreadable:
-                        extractor = self._extractor(extractors, number)
-                        sink = self._sink(number, one.scan, blocks)
-                        sinks.append(sink)
-                        extractor.add(ready.inputs[_setting(self.models[number])], blocks, sink)
-                        self.num_extracted += 1
+                    name = self.models[number].name
+                    if not ready.unreadable and name in self.failures.left:
+                        try:
+                            extractor = self._extractor(extractors, number)
+                            sink = self._sink(number, one.scan, blocks)
+                            of_model = [sink for sink in sinks.get(number, []) if sink.left]
+                            sinks[number] = [*of_model, sink]
+                            extractor.add(
+                                ready.input_of(_setting(self.models[number])), blocks, sink
+                            )
+                            self._num_extracted[name] += 1
+                        except Exception as error:
+                            self._fail(number, f"scan {one.scan.id}", error)
+                            abandon(sinks.pop(number, []))
+                            extractors.pop(number, None)
                     done(1)
-                sinks = [sink for sink in sinks if sink.left]
-            for extractor in extractors.values():
-                extractor.flush()
+            for number, extractor in extractors.items():
+                try:
+                    extractor.flush()
+                except Exception as error:
+                    self._fail(number, "the last scans", error)
+                    abandon(sinks.pop(number, []))
 
     def release(self) -> None:
-        """Free the weights that were loaded to compute features."""
+        """Free the weights that were loaded to compute features, and forget the models that have
+        failed.
+        """
         self._loaded.clear()
+        self.models = tuple(each for each in self.models if each.name in self.failures.left)
 
     def load(self, scan: LabelledScan, model: EvaluatedModel) -> DenseFeatures:
         """The features of a scan from the cache. What is missing or damaged is computed again.
@@ -185,6 +219,8 @@ class Features:
         self.fill([Wanted(source, {number: (block,)})])
         if scan.id in self.unreadable:
             raise Damaged(self.unreadable[scan.id])
+        if model.name in self.failures.reasons:  # too late to leave it out: tasks have seen it
+            raise UserError(f"model {model.name}: {self.failures.reasons[model.name]}")
         found = self.cache.load(model.key, key, block, self.device)
         if found is None:
             raise UserError(
@@ -200,15 +236,35 @@ class Features:
                 volume = source.read() if isinstance(source, StoredVolume) else source
         except (Refused, Damaged, OSError) as error:
             return Ready({}, single_line(error))
-        inputs: dict[Setting, Prepared] = {}
+        inputs: dict[Setting, Prepared | Exception] = {}
         with self.stopwatch.part(PREPARE):
             for number in wanted.blocks:
                 setting = contract, preprocess, patch = _setting(self.models[number])
-                if setting not in inputs:
+                if setting in inputs:
+                    continue
+                try:
                     inputs[setting] = prepare(
                         volume.hu_ZYX, contract, preprocess, patch, self.device, volume.spacing_mm
                     )
+                except Exception as error:  # raised again when a model with this setting is due
+                    inputs[setting] = error
         return Ready(inputs)
+
+    def _fail(self, number: int, scan: str, error: Exception) -> None:
+        """Leave out a model that has failed, and those whose features are equal: nobody computes
+        them now.
+
+        Raises:
+            Exception: the error, if it is no fault of the model, or the first model is among these.
+        """
+        if isinstance(error, CacheNotWritable) or ends_all(error):
+            raise error
+        failed = self.models[number]
+        equal = [each for each in self.models if each.key.text == failed.key.text]
+        for each in sorted(equal, key=lambda each: each.name != self.failures.needed):
+            self.failures.leave_out(each.name, f"computing the features of {scan}", error)
+            self._num_extracted.pop(each.name, None)
+        self._loaded.pop(number, None)
 
     def _extractor(self, extractors: dict[int, Extractor], number: int) -> Extractor:
         if number not in extractors:

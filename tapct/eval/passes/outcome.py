@@ -11,14 +11,13 @@ import torch
 
 import tapct
 from tapct.base import console
-from tapct.base.exits import UserError
 from tapct.base.paths import without_absolute_paths
 from tapct.config import to_dict
 from tapct.config.plugins import Plugin
 from tapct.eval.features.stopwatch import PARTS
 from tapct.eval.passes.album import Album
 from tapct.eval.passes.reader import ScanReader
-from tapct.eval.results import task_statistics
+from tapct.eval.results import json_file, task_statistics
 from tapct.eval.results.json_file import Cost, EvaluatedBackbone, SplitRecord, TaskSection
 from tapct.eval.scans.held_out import HeldOut
 from tapct.eval.scans.usable import ScanRow
@@ -63,8 +62,8 @@ def sections_of(
     tasks: Sequence[Plugin], reader: ScanReader, num_rows: int, album: Album, seed: int
 ) -> tuple[dict[str, TaskSection], dict[str, str]]:
     """Task name -> its results, checked against its contract; and the tasks without a result, with
-    the reason. The work on the others is not lost, therefore this is an error only if no task has
-    one.
+    the reason: those that have failed before, and those whose results are not valid. The work on
+    the others is not lost, therefore this is an error only if no task has one.
 
     Args:
         tasks: tasks with their settings.
@@ -73,36 +72,30 @@ def sections_of(
         album: pictures of the test scans.
         seed: random seed of the statistics.
     Raises:
-        UserError: no task has a result.
+        Exception: no task has a result; the error of the last one.
     """
     settings = {plugin.name: to_dict(plugin.config) for plugin in tasks}
     names = [model.name for model in reader.features.models]
     patient_of = {row.id: row.patient for row in reader.read_rows("test")}
     sections: dict[str, TaskSection] = {}
-    failed: dict[str, UserError] = {}
     for task_run in reader.task_runs:
-        try:
+        with reader.failures.caught(task_run.name, "results(), headline() or predicted_scans()"):
             results, headline = task_run.checked_results(names)
-        except UserError as error:
-            failed[task_run.name] = error
-            continue
-        predicted = task_run.task.predicted_scans()
-        sections[task_run.name] = TaskSection(
-            config=without_absolute_paths(settings[task_run.name]),
-            labels=task_run.task.labels.value,
-            num_train=task_run.count(reader.read_rows("train")),
-            num_test=task_run.count(reader.read_rows("test")),
-            skipped=num_rows - len(task_run.scan_ids),
-            headline=headline,
-            results=results,
-            pictures=tuple(album.of_task.get(task_run.name, ())),
-            statistics=task_statistics.of_task(results, headline, predicted, patient_of, seed),
-        )
-    if not sections:
-        raise next(iter(failed.values()))
-    return sections, {
-        name: str(error).removeprefix(f"task {name}: ") for name, error in failed.items()
-    }
+            predicted = task_run.task.predicted_scans()
+            section = TaskSection(
+                config=without_absolute_paths(settings[task_run.name]),
+                labels=task_run.task.labels.value,
+                num_train=task_run.count(reader.read_rows("train")),
+                num_test=task_run.count(reader.read_rows("test")),
+                skipped=num_rows - len(task_run.scan_ids),
+                headline=headline,
+                results=results,
+                pictures=tuple(album.of_task.get(task_run.name, ())),
+                statistics=task_statistics.of_task(results, headline, predicted, patient_of, seed),
+            )
+            json_file.check_writable(section)
+            sections[task_run.name] = section
+    return sections, without_absolute_paths(reader.failures.reasons)
 
 
 def split_record(

@@ -18,6 +18,7 @@ from tapct.data.packed.store import Store
 from tapct.eval.features.dense import DenseFeatures, PatchGrid
 from tapct.eval.models.evaluated import EvaluatedModel
 from tapct.eval.passes.ahead import one_ahead
+from tapct.eval.passes.failures import LeftOut
 from tapct.eval.passes.fill import Features
 from tapct.eval.passes.task_runs import TaskRun
 from tapct.eval.results.json_file import UnreadScan
@@ -77,6 +78,11 @@ class ModelOnScan:
         """Task name -> truth on the patch grid of this model."""
         return self.scan.truths[self.dense.grid]
 
+    @property
+    def place(self) -> str:
+        """Model and scan, for error lines."""
+        return f"model {self.model.name} on scan {self.scan.labelled.id}"
+
 
 class ScanReader:
     """The scans of a split, with truths and features.
@@ -91,6 +97,7 @@ class ScanReader:
         max_skips: largest number of scans that may be skipped because they cannot be read.
     Attributes:
         unread: scans that were skipped.
+        failures: tasks that have failed.
     """
 
     def __init__(
@@ -104,10 +111,19 @@ class ScanReader:
         blocks: Blocks,
         max_skips: int,
     ) -> None:
-        self.split, self.store, self.task_runs = split, store, task_runs
+        self.split, self.store = split, store
+        self._task_runs = {each.name: each for each in task_runs}
+        self.failures = LeftOut("task", self._task_runs)
         self.tables, self.features, self.blocks = tables, features, blocks
         self.max_skips = max_skips
         self.unread: list[UnreadScan] = []
+
+    @property
+    def task_runs(self) -> list[TaskRun]:
+        """The tasks that have not failed. What those have kept of the scans is freed."""
+        for name in self.failures.reasons:
+            self._task_runs.pop(name, None)
+        return list(self._task_runs.values())
 
     def rows(self) -> list[ScanRow]:
         """The scans of both sides, each once."""
@@ -189,11 +205,17 @@ class ScanReader:
         truths: dict[PatchGrid, dict[str, Any]] = {}
         for model in self.features.models:
             grid = model.grid(labelled.shape_ZYX, labelled.spacing_mm)
-            if grid not in truths:
-                in_play_Z = self._in_play(grid, labelled.id, side)
-                truths[grid] = {
-                    each.name: each.task.truth(labelled, grid, in_play_Z) for each in runs
-                }
+            if grid in truths:
+                continue
+            in_play_Z = self._in_play(grid, labelled.id, side)
+            truths[grid] = {}
+            for each in runs:
+                if each.name not in self.failures.left:
+                    continue
+                # a scan whose voxels cannot be read is no fault of the task that reads them first
+                doing = f"truth() of {side} scan {labelled.id}"
+                with self.failures.caught(each.name, doing, passed_on=(Refused, Damaged)):
+                    truths[grid][each.name] = each.task.truth(labelled, grid, in_play_Z)
         return truths
 
     def _skip(self, row: ScanRow, side: str, reason: str) -> None:

@@ -48,9 +48,19 @@ class TaskRun:
         Args:
             models: names of the models that were evaluated.
         Raises:
-            UserError: the headline has values for a model that was not evaluated.
+            UserError: they are no results and no headline, or the headline has values for a model
+                that was not evaluated.
         """
         results, headline = self.task.results(), self.task.headline()
+        for method, value, kind in (
+            ("results", results, TaskResults),
+            ("headline", headline, Headline),
+        ):
+            if not isinstance(value, kind):
+                raise UserError(
+                    f"task {self.name}: {method}() returned a {type(value).__name__}; it must "
+                    f"return a {kind.__name__}"
+                )
         unknown = set(headline.values) - {*models, *self.task.own_baselines}
         if unknown:
             raise UserError(

@@ -230,7 +230,8 @@ class Evaluation:
         cost: what the features cost; None in results of earlier versions.
         settings: settings of `eval` that decide which scans are used, see `over_steps.py`; empty
             in results of earlier versions.
-        without_result: name of each task that has no result on these scans -> reason.
+        without_result: name of each task that has no result -> reason.
+        models_without_result: name of each model whose features could not be computed -> reason.
     """
 
     tasks: Mapping[str, TaskSection]
@@ -246,6 +247,7 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     volumes: tuple[Picture, ...] = ()
     without_result: Mapping[str, str] = field(default_factory=dict)
+    models_without_result: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written; NaN becomes null."""
@@ -256,6 +258,7 @@ class Evaluation:
             "weights": None if self.origin.weights is None else asdict(self.origin.weights),
             "tasks": tasks,
             "without_result": self.without_result,
+            "models_without_result": self.models_without_result,
             "split": _split_to_json(self.split),
             "settings": self.settings,
             "preprocess": self.preprocess,
@@ -281,7 +284,7 @@ class Evaluation:
             if len(self.tasks) > 1:
                 lines.append(f"{name} ({section.headline.direction} is better)")
             lines.extend(terminal.task_lines(section))
-        lines += [f"no result of {name}: {why}" for name, why in self.without_result.items()]
+        lines += self.missing_lines()
         if self.split.caveat:
             lines.append(f"caveat: {self.split.caveat}")
         for name, backbone in self.backbones.items():
@@ -290,6 +293,24 @@ class Evaluation:
         if self.cost is not None:
             lines.append(self.cost.line())
         return lines
+
+    def missing_lines(self) -> list[str]:
+        """One line per task and per model that has no result."""
+        tasks = [f"no result of {name}: {why}" for name, why in self.without_result.items()]
+        models = self.models_without_result.items()
+        return [*tasks, *(f"no result of model {name}: {why}" for name, why in models)]
+
+    def missing(self) -> str:
+        """Tasks and models without a result, e.g. `1 task without a result: depth`; or empty."""
+        parts = [
+            f"{counted(len(names), kind)} without a result: {', '.join(names)}"
+            for kind, names in (
+                ("task", self.without_result),
+                ("model", self.models_without_result),
+            )
+            if names
+        ]
+        return ", ".join(parts)
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/results.json; the file is either the old or the new one, never half."""
@@ -333,9 +354,16 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
             content.get("settings", {}),
             pictures_from_json(content.get("volumes", ())),
             content.get("without_result", {}),
+            content.get("models_without_result", {}),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is no evaluation ({type(error).__name__}: {error})") from error
+
+
+def check_writable(section: TaskSection) -> None:
+    """Raise an error if JSON cannot hold the results of a task, or they cannot be read again."""
+    text = json.dumps(_plain(section_to_json(section)), allow_nan=False)
+    section_from_json(json.loads(text))
 
 
 def read(folder: Path) -> tuple[Evaluation | None, str]:
