@@ -74,6 +74,7 @@ def phantom(
         "tapct index data/archive --out data/manifest.parquet",
         "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
         "tapct index disk1 disk2/ct scans.csv --out data/archive",
+        "tapct index /data/2024 --root /data --out data/archive",
     )
 )
 def index(
@@ -95,6 +96,15 @@ def index(
             "that grows: there a later call reads only new and changed files",
         ),
     ],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder that contains everything in SRC: the paths of the manifest start there, "
+            "so that scans which are added later keep the IDs of all others",
+            show_default="nearest folder that contains SRC",
+        ),
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -267,6 +277,7 @@ def index(
         if share is not None:
             examine_share(
                 *(sources, out, share),
+                start_at=root,
                 labels=labels,
                 ignore_labels=ignore_label or (),
                 study_dates=study_dates,
@@ -281,6 +292,7 @@ def index(
         manifest = build_manifest(
             sources,
             out,
+            start_at=root,
             labels=labels,
             ignore_labels=ignore_label or (),
             patient_regex=patient_regex,

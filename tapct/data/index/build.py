@@ -37,6 +37,7 @@ def build_manifest(
     root: Path | Sequence[Path],
     out: Path,
     *,
+    start_at: Path | None = None,
     labels: Path | None = None,
     only: Sequence[str] = (),
     ignore_labels: Sequence[int] = (),
@@ -67,6 +68,8 @@ def build_manifest(
         root: folder of the archive, or several folders, files, patterns and lists, see `inputs`.
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
             Or a folder, in which the manifest and its journal are kept.
+        start_at: folder at which the paths of the manifest start; None for that of an archive
+            folder which exists, or else the nearest folder that contains all of `root`.
         labels: folder with label maps; label maps in other places are found by name, see
             `labels.pairing`.
         only: patterns of the paths below the root, one of which a scan must match as a whole;
@@ -99,7 +102,7 @@ def build_manifest(
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
     place = IndexPlace.of(Path(out))
-    inputs = rooted(inputs_of(root), place)
+    inputs = rooted(inputs_of(root), place, start_at)
     _check_labels(labels)
     _check_apart(place, inputs)
     with _only_writer(place.file) as lease, _nothing_left_without_scans(place):
@@ -137,6 +140,7 @@ def examine_share(
     out: Path,
     share: Share,
     *,
+    start_at: Path | None = None,
     labels: Path | None = None,
     ignore_labels: Sequence[int] = (),
     label_names: Sequence[tuple[int, str]] = (),
@@ -157,13 +161,13 @@ def examine_share(
 
     Args:
         share: the share.
-        root, out, labels, ignore_labels, label_names, study_dates, min_depth, accept, workers,
-            limits, progress, listed: as in `build_manifest`, which must be given the same.
+        root, out, start_at, labels, ignore_labels, label_names, study_dates, min_depth, accept,
+            workers, limits, progress, listed: as in `build_manifest`, which must be given the same.
     Raises:
         UserError: as in `build_manifest`, or a process does this share now.
     """
     place = IndexPlace.of(Path(out))
-    inputs = rooted(inputs_of(root), place)
+    inputs = rooted(inputs_of(root), place, start_at)
     _check_labels(labels)
     _check_apart(place, inputs)
     with _only_writer(place.file, share.name):

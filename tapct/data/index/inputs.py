@@ -95,6 +95,36 @@ class IndexInputs:
         folders = tuple(Path(os.path.abspath(each)) for each in self.folders)
         return replace(self, root=root, folders=folders)
 
+    def at(self, folder: Path) -> IndexInputs:
+        """The same inputs with paths that start at a folder of the user's choice.
+
+        Args:
+            folder: folder that contains all of them.
+        Raises:
+            UserError: it is no folder, or something that was given lies outside of it.
+        """
+        if not folder.is_dir():
+            state = "is a file" if folder.exists() else f"does not exist{near_path(folder)}"
+            raise UserError(f"--root {folder} {state}; give a folder that contains all scans")
+        resolved = folder.resolve()
+        for path in (*self.folders, *self.files):
+            place = Path(os.path.abspath(path))
+            # a folder may be a link to another disk: what counts is its name
+            if not any(each.resolve() == resolved for each in (place, *place.parents)):
+                files = sorted(self.files.get(path, ()))
+                outside = path / files[0] if files else path
+                raise UserError(
+                    f"--root {folder} does not contain {outside}; give a folder that contains all "
+                    "scans, or leave the option out"
+                )
+        found = self if self.root.resolve() == resolved else self.below(resolved)
+        if found.root.resolve() != resolved:  # one name of the folder is a link
+            raise UserError(
+                f"the scans are given by several names of the folder {folder}, one of which is a "
+                "link; write all paths with the same name of it"
+            )
+        return found
+
     def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
         """The entry of each source that a list names, by the path of the source.
 

@@ -61,22 +61,37 @@ class IndexPlace:
         return cls(out / ARCHIVE_FILE, out / _PARTS, True)
 
 
-def rooted(inputs: IndexInputs, place: IndexPlace) -> IndexInputs:
+def rooted(inputs: IndexInputs, place: IndexPlace, root: Path | None = None) -> IndexInputs:
     """The inputs with paths that start where those of the archive start, so that journal and IDs
     stay the same if less is given now, such as one of two folders.
 
     Where more is given, the paths start at another folder than before, and a line is printed.
+
+    Args:
+        inputs: what is indexed.
+        place: where the index writes.
+        root: folder at which the paths start; None for that of the archive, or else the nearest
+            folder that contains all inputs.
+    Raises:
+        UserError: `root` does not contain all inputs.
     """
     before = root_of(place.file)
-    if place.is_archive:
+    if root is not None:
+        inputs = inputs.at(root)
+    elif place.is_archive:
         inputs = inputs.below(before)
     now = inputs.root.resolve()
-    if before is not None and now in before.parents:
+    if before is None or now == before:
+        return inputs
+    if root is not None or now in before.parents:
+        which = (
+            "which --root sets" if root else "the nearest folder that contains all that is given"
+        )
         console.warn(
-            f"the paths of {place.file} start at {before}, and now at {now}, the nearest folder "
-            "that contains all that is given: all scans get other IDs, all files are read again, "
-            "and `tapct pack` packs all scans again; to add folders without this, index them as "
-            "another archive and train on both with data.stores"
+            f"the paths of {place.file} start at {before}, and now at {now}, {which}: all scans "
+            "get other IDs, all files are read again, and `tapct pack` packs all scans again; to "
+            "add folders without this, index them as another archive and train on both with "
+            "data.stores"
         )
     return inputs
 

@@ -26,6 +26,7 @@ from tapct.data.index.journal import KEY, Journal, Keys, key_of, keys_in
 from tapct.data.index.kept_patients import KeepRules
 from tapct.data.index.share import Share, parse_share
 from tapct.data.manifest import Manifest
+from tapct.data.patients.key import KEY_FILE
 from tapct.data.scans.plain_facts import failure
 from tapct.data.search.discover import search
 from tapct.data.search.file_count import FileCount
@@ -221,6 +222,62 @@ def test_a_line_is_printed_where_paths_start_at_another_folder_than_before(
         assert not capsys.readouterr().err
         build_manifest([archive / "dicom", archive / "flat"], out)
         assert f"start at {archive / 'dicom'}, and now at {archive}, the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out", "m.parquet"])
+def test_root_keeps_paths_and_ids_when_scans_are_added_outside_of_the_first_folder(
+    archive: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = archive.parent / name
+    whole = {row.path: row.id for row in build_manifest(archive, archive.parent / "w.parquet").rows}
+    if name == "out":  # IDs are keyed hashes: with the same key
+        out.mkdir()
+        shutil.copy(archive.parent / KEY_FILE, out / KEY_FILE)
+    (archive.parent / "lists").mkdir()
+    more = archive.parent / "lists" / "more.csv"
+    more.write_text("path\n../scans/nifti/c1.nii.gz\n")
+    first = build_manifest(archive / "dicom", out, start_at=archive)
+    assert first.root == archive and {row.path for row in first.rows} == {"dicom/a"}
+    second = build_manifest([archive / "dicom", more], out, start_at=archive)
+    assert {row.path for row in second.rows} == {"dicom/a", "nifti/c1.nii.gz"}
+    assert all(row.id == whole[row.path] for row in (*first.rows, *second.rows))
+    link = archive.parent / "link"
+    link.symlink_to(archive)
+    same = build_manifest([archive / "dicom", more], out, start_at=link)
+    assert rows_of(same) == rows_of(second) and not capsys.readouterr().err
+    if name == "out":  # an archive keeps its root
+        kept = build_manifest(archive / "dicom", out)
+        assert kept.root == archive and "dicom/a" in {row.path for row in kept.rows}
+    build_manifest([archive / "dicom", more], out, start_at=archive.parent)
+    line = (
+        f"start at {archive}, and now at {archive.parent}, which --root sets: all scans get other"
+    )
+    assert line in capsys.readouterr().err
+
+
+def test_root_contains_everything_also_behind_a_link_or_is_one_line(
+    archive: Path, tmp_path: Path
+) -> None:
+    disk, out = tmp_path / "disk", tmp_path / "m.parquet"
+    disk.mkdir()
+    (disk / "scans").symlink_to(archive / "dicom")
+    assert build_manifest(disk / "scans", out, start_at=disk).rows[0].path == "scans/a"
+    share = Share(1, 1)
+    examine_share(disk / "scans", tmp_path / "shared", share, start_at=disk)
+    shared = build_manifest(disk / "scans", tmp_path / "shared", start_at=disk)
+    assert [row.path for row in shared.rows] == ["scans/a"]
+    file = archive / "nifti" / "c1.nii.gz"
+    with pytest.raises(UserError, match=f"--root {disk} does not contain {archive}/nifti/c1"):
+        build_manifest([disk / "scans", file], out, start_at=disk)
+    with pytest.raises(UserError, match=f"--root {disk} does not contain {archive}; give a"):
+        build_manifest(archive, out, start_at=disk)
+    with pytest.raises(UserError, match="/nowhere does not exist; give a folder that contains"):
+        build_manifest(archive, out, start_at=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        build_manifest(file, out, start_at=file)
+    (tmp_path / "also").symlink_to(archive)
+    with pytest.raises(UserError, match="several names of the folder"):
+        build_manifest([archive / "dicom", tmp_path / "also" / "nifti"], out, start_at=archive)
 
 
 def test_a_changed_side_car_of_a_named_scan_is_noticed(archive: Path) -> None:
