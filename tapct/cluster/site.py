@@ -9,12 +9,15 @@ long options of `tapct submit`. A section with the name of a command replaces th
     setup: [module load cuda]
     sbatch: ["--gres=gpu:h100:4"]
     index: {partition: cpu, sbatch: []}
+
+A value that is null is not given; in a section, this removes the value that holds for all commands.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import yaml
 from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.cluster import sbatch_options
+from tapct.config.repeated_keys import RepeatedKey, parse
 
 VARIABLE = "TAPCT_SITE"
 LISTS = ("sbatch", "setup", "srun-args")  # the values of the file come before those of the command
@@ -70,7 +74,7 @@ def with_site(
     if path is None:
         return dict(given)
     content = read(path)
-    sections = {name: content.pop(name) for name in SECTIONS if name in content}
+    sections = {name: content.pop(name) or {} for name in SECTIONS if name in content}
     defaults = checked_section(path, "", content, given)
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -81,6 +85,7 @@ def with_site(
         of_command = checked_section(path, f"{name}.", section, given)
         if name == command:
             defaults |= of_command
+    defaults = {name: value for name, value in defaults.items() if value is not None}
     own = sbatch_options.parse(given["sbatch"] or ())
     own |= {name: str(given[name]) for name in explicit if name in sbatch_options.NAMED}
     options, replaced = dict(given), sbatch_options.are_replaced
@@ -98,12 +103,12 @@ def with_site(
 def checked_section(
     path: Path, prefix: str, section: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Options in the file by their names with dashes, in their types.
+    """Options in the file by their names with dashes, in their types; None for one that is null.
 
     Args:
         path: file of the site.
         prefix: name of the section in front of its keys.
-        section: key -> value, a text or a list of texts.
+        section: key -> value, a text, a list of texts or None.
         given: all options, with values of their types.
     Raises:
         UserError: a key names no option that a site can set, or a value has another type.
@@ -119,9 +124,9 @@ def checked_section(
                 f"{path}: {key} is no option that a site can set;{question} it can set "
                 f"{', '.join(known)}"
             )
-        if name in options:
-            raise UserError(f"{path}: {key} is given twice; give it once")
-        if name in LISTS:
+        if value is None:
+            options[name] = None
+        elif name in LISTS:
             lines = [value] if isinstance(value, str) else value
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
                 raise UserError(f"{path}: {key} must be a text or a list of texts")
@@ -148,7 +153,7 @@ def checked(path: Path, key: str, value: Any, default: Any) -> Any:
             return read_as[value.lower()]
     elif isinstance(default, int):
         kind = "a whole number that is not negative"
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and value.isascii() and value.isdigit():
             return int(value)
     else:
         kind = "a text"
@@ -157,18 +162,32 @@ def checked(path: Path, key: str, value: Any, default: Any) -> Any:
     raise UserError(f"{path}: {key} is {value!r}, but must be {kind}")
 
 
+class _Loader(yaml.BaseLoader):
+    """Every value stays a text, since YAML would read the time limit 12:00:00 as 43200; but null,
+    ~ and nothing are None.
+    """
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Loader.add_implicit_resolver(_NULL, re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_constructor(_NULL, lambda loader, node: None)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The mapping in a file.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or a key twice.
     """
     try:
-        # every value stays a text: YAML would read the time limit 12:00:00 as 43200
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        text = path.read_text(encoding="utf-8")
+        parse(text, _Loader, same=lambda key: key.replace("_", "-"))
+        content = yaml.load(text, Loader=_Loader)
+    except RepeatedKey as error:
+        raise UserError(f"{path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
-    if content is None or content == "":
+    if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} must map options of tapct submit to values, e.g. partition: gpu")

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tapct.base.files import expand_path
 from tapct.config.fields import KeyPath
 from tapct.config.plain import is_plain, merge_plain
+from tapct.config.repeated_keys import RepeatedKey, parse
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
@@ -164,10 +165,12 @@ def _of_override(override: str) -> DictConfig:
     Raises:
         yaml.YAMLError: the value is not YAML.
     """
+    key, _, value = override.partition("=")
     try:
+        if "{" in value:
+            parse(value, _LOADER)
         return OmegaConf.from_dotlist([override])
     except yaml.YAMLError:
-        key, _, value = override.partition("=")
         if not _QUOTED_START.match(value):
             raise
         return OmegaConf.from_dotlist([f"{key}={json.dumps(value, ensure_ascii=False)}"])
@@ -184,6 +187,8 @@ def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]
         raise ValueError(
             f"{shown} is not UTF-8 text; a config is a YAML file, e.g. mine.yaml"
         ) from error
+    except RepeatedKey as error:
+        raise ValueError(f"{shown}: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -207,9 +212,10 @@ def _parsed(content: str) -> tuple[Any, Mapping[KeyPath, int]]:
 
 @functools.lru_cache(maxsize=8)  # a command reads the config of a run several times
 def _parsed_once(content: str) -> tuple[Any, Mapping[KeyPath, int]]:
+    root = parse(content, _LOADER)  # OmegaConf does not notice a number that is given twice
     tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(content)))
     lines: dict[KeyPath, int] = {(): 1}
-    _collect_lines(yaml.compose(content, Loader=_LOADER), (), lines)
+    _collect_lines(root, (), lines)
     return tree, lines
 
 

@@ -361,12 +361,55 @@ def test_a_section_of_the_site_holds_for_one_command(
         ("index: {partitoin: cpu}\n", ["index.partitoin", "did you mean partition?"]),
         ("pack: {nodes: x}\n", ["pack.nodes", "whole number"]),
         ("mem: 1G\nmem-per-cpu: 1G\n", ["--mem", "exclude"]),
-        ("mail: a\nmail: [b]\n", ["mail", "must be a text"]),
-        ("cpus_per_task: 1\ncpus-per-task: 2\n", ["cpus-per-task is given twice"]),
+        ("mail: [b]\n", ["mail", "must be a text"]),
+        (
+            "cpus_per_task: 1\nmem: 1G\ncpus-per-task: 2\n",
+            [": cpus-per-task is given twice, in lines 1 and 3; keep one of them"],
+        ),
+        ("index:\n  qos: a\n  qos: b\n", [": index.qos is given twice, in lines 2 and 3"]),
+        ("index: {mem: 1G}\nindex: {}\n", [": index is given twice, in lines 1 and 2"]),
+        ("setup: [a, null]\n", ["setup must be a text or a list of texts"]),
+        ("account: [lab]\n", ["account is ['lab'], but must be a text"]),
+        ("exclusive: yes\n", ["exclusive is 'yes', but must be true or false"]),
+        ("nodes: 1.0\n", ["nodes is '1.0', but must be a whole number"]),
+        ("nodes: ²\n", ["nodes is '²', but must be a whole number"]),
     ):
         site.write_text(text)
         line = shell.bad(*INDEX)
         assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("account: null", ""),
+        ("account: ~", ""),
+        ("account:", ""),
+        ("account: 'null'", "null"),
+        ("account: nullify", "nullify"),
+        ("account: lab", "lab"),
+        ("account: 007", "007"),
+        ("account: true", "true"),
+        ("account: lab\nindex: {account: null}", ""),
+        ("account: null\nindex: {account: lab}", "lab"),
+        ("account: lab\nindex: null", "lab"),
+        ("account: lab\nexclusive: null\nnodes: null\nsetup: null\nsbatch: ~", "lab"),
+        ("account: lab\nexclusive: true\nindex: {exclusive: null}", "lab"),
+        ("account: lab\nsetup: [module load cuda]\nindex: {setup: null}", "lab"),
+        ("null", ""),
+        ("", ""),
+    ],
+)
+def test_null_in_the_file_of_the_site_is_not_given(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch, written: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    (tmp_path / "site.yaml").write_text(written)
+    monkeypatch.setenv("TAPCT_SITE", str(tmp_path / "site.yaml"))
+    script = shell.good(*INDEX)
+    assert re.findall(r"^#SBATCH --account=(.*)$", script, re.M) == ([expected] if expected else [])
+    assert "--exclusive" not in script and "module load" not in script
 
 
 def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:

@@ -329,8 +329,10 @@ def test_a_rule_between_fields_is_reported_with_section_and_source(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("name: x\nname: y\n", "run.yaml:2: not valid YAML: found duplicate key name"),
-        ("optim: {lr: 1, lr: 2}\n", "run.yaml:1: not valid YAML: found duplicate key lr"),
+        ("name: x\nname: y\n", "run.yaml: name is given twice, in lines 1 and 2; keep one"),
+        ("optim: {lr: 1, lr: 2}\n", "run.yaml: optim.lr is given twice, in line 1; keep one"),
+        ("labels:\n  1: a\n  1: b\n", "run.yaml: labels.1 is given twice, in lines 2 and 3"),
+        ("labels:\n- {1: a, '1': b}\n", "run.yaml: labels.0.1 is given twice, in line 2"),
         ("name: x\noptim: [1\nviews: 2\n", "run.yaml:3: not valid YAML"),
         ("name: x\n\tflag: true\n", "run.yaml:2: not valid YAML"),
         ("- 1\n- 2\n", "run.yaml: must be a mapping of keys to values"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from tapct.base.exits import UserError, single_line
 from tapct.config.fields import checked, setting
+from tapct.config.repeated_keys import parse
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ def read_rules(file: Path | None, overrides: Sequence[str] = ()) -> CheckRules:
     given: dict[str, tuple[Any, str]] = {}
     if file is not None:
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            parse(text, yaml.SafeLoader)
+            content = yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"cannot read rules {file}: {single_line(error, 200)}") from error
         if not isinstance(content, Mapping):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,19 @@ def table_of_dataset(path: Path) -> NameTable:
     return NameTable()
 
 
+class _Object(dict[str, Any]):
+    """A JSON object, which keeps the last value of a key that is given twice, and such keys.
+
+    Args:
+        pairs: keys and values in the order of the file.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs)
+        self.repeats = {key for key, count in counts.items() if count > 1}
+
+
 @functools.lru_cache(maxsize=64)
 def _table_in(file: Path, stamp: tuple[int, int, int]) -> NameTable:
     """The table of one `dataset.json`, which is read once for all label files below it.
@@ -167,10 +181,13 @@ def _table_in(file: Path, stamp: tuple[int, int, int]) -> NameTable:
         OSError: the file cannot be read.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        table = content.get("labels", {}) if isinstance(content, dict) else None
-        if not isinstance(table, dict):
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_Object)
+        table = content.get("labels", _Object([])) if isinstance(content, _Object) else None
+        if not isinstance(table, _Object):
             return NameTable(notes=(f"{DATASET_FILE} has no table 'labels'",))
+        if table.repeats or "labels" in content.repeats:
+            problem = "a key is given twice in its table 'labels', or the table itself"
+            return NameTable(notes=(f"{DATASET_FILE} gives no label names: {problem}",))
         return names_in(table, DATASET_FILE)
     except (ValueError, RecursionError, Refused) as error:
         problem = error.detail if isinstance(error, Refused) else "it is not JSON"

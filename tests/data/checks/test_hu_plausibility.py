@@ -219,7 +219,7 @@ def test_wrong_rules_are_user_errors(overrides: list[str], message: str) -> None
         read_rules(None, overrides)
 
 
-@pytest.mark.parametrize("content", ["- 1", "a: [", ""])
+@pytest.mark.parametrize("content", ["- 1", "a: [", "", "max_step: 1\nmax_step: 2\n"])
 def test_wrong_files_of_rules_are_user_errors(tmp_path: Path, content: str) -> None:
     (tmp_path / "rules.yaml").write_text(content)
     with pytest.raises(UserError, match=r"rules\.yaml"):

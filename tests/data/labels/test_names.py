@@ -49,13 +49,26 @@ def test_the_label_that_nnunet_calls_ignore_is_ignored(tmp_path: Path) -> None:
     assert labels.names == ((0, "background"), (1, "liver"))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"labels": 3}', '{"labels": {"liver": "x"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[1]", '{"labels": 3}', '{"labels": {"liver": "x"}}'),
+        '{"labels": {"1": "liver", "2": "lung", "1": "spleen"}}',
+        '{"labels": {"1": "liver"}, "labels": {"1": "spleen"}}',
+    ],
+)
 def test_a_dataset_json_that_cannot_be_used_costs_no_labels(tmp_path: Path, text: str) -> None:
     path = save_labels(tmp_path / "labelsTr" / "c1.nii.gz")
     (tmp_path / "dataset.json").write_text(text)
     assert read_labels(path).names == ()
     (note,) = table_of_dataset(path).notes
     assert note.startswith("dataset.json") and "\n" not in note
+
+
+def test_a_key_that_is_given_twice_beside_the_label_names_does_not_matter(tmp_path: Path) -> None:
+    path = save_labels(tmp_path / "labelsTr" / "c1.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"name": "a", "labels": {"1": "liver"}, "name": "b"}')
+    assert read_labels(path).names == ((1, "liver"),)
 
 
 def test_a_dataset_json_that_could_not_be_read_once_is_read_the_next_time(
