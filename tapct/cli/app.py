@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import tapct
 from tapct.base import exits, files, launcher
-from tapct.cli.usage import usage_line
+from tapct.cli.usage import first_argument, no_submitted_word, usage_line
 
 # what some versions of Typer add to a help text: a type after the name of an argument, as in
 # `KEY=VALUE <list[str]>`, and the range of a number, as in `[default: 1; x>=1]`
@@ -92,9 +92,14 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that was given; `submit index` and the like divide it over a cluster."""
-        if args[0] == "submit" and len(args) > 1 and args[1] in DIVIDED:
-            _, command, rest = super().resolve_command(ctx, ["submit-array", *args[1:]])
-            return " ".join(args[:2]), command, rest  # its name in help and errors
+        if args[0] == "submit":
+            word = first_argument(args[1:], self.commands["submit"])
+            if word in DIVIDED:
+                _, command, rest = super().resolve_command(ctx, ["submit-array", *args[1:]])
+                return f"submit {word}", command, rest  # its name in help and errors
+            problem = no_submitted_word(word, DIVIDED, self.commands)
+            if problem:
+                raise exits.UserError(problem)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

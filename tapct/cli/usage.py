@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 _RULES = {  # type of an error of pydantic, by which some versions of Typer check values
@@ -54,6 +55,50 @@ def usage_line(error: Any, words: Sequence[str], commands: Any) -> str:
     if extra:
         return f"{command} takes no further argument, but got: {extra[1]}; {help_line}"
     return f"{message}; {help_line}"
+
+
+def first_argument(words: Sequence[str], command: Any) -> str:
+    """The first word of a command line that is no option and no value of one; empty without one.
+
+    Args:
+        words: words after the name of the command.
+        command: command of click, by which options without a value are known.
+    """
+    flags = {"-h", "--help"}
+    for parameter in command.params:
+        if getattr(parameter, "is_flag", False):
+            flags.update(parameter.opts)
+    left = iter(words)
+    for word in left:
+        if not word.startswith("-"):
+            return word
+        if word not in flags and "=" not in word:
+            next(left, None)
+    return ""
+
+
+def no_submitted_word(word: str, divided: Sequence[str], commands: Collection[str]) -> str:
+    """One line where the word behind `tapct submit` is not a config, but another command or a
+    mistyped one; else empty.
+
+    Args:
+        word: first word that is no option.
+        divided: commands that `tapct submit` takes.
+        commands: all commands.
+    """
+    if not word.isidentifier() or Path(word).exists():
+        return ""
+    takes = f"tapct submit takes a config, or {', '.join(divided[:-1])} or {divided[-1]}"
+    if word in commands:
+        hint = "tapct submit CONFIG trains" if word == "train" else "see tapct submit -h"
+        return f"tapct submit does not take the command {word}: {takes}; {hint}"
+    from tapct.config.yamlfile import shipped_names  # slow, and needed for a mistake alone
+
+    shipped = shipped_names()
+    near = difflib.get_close_matches(word.lower(), [*shipped, *divided], n=1)
+    if word in shipped or not near or near[0] in shipped:
+        return ""
+    return f"{word} is no config and no command; did you mean {near[0]}? {takes}"
 
 
 def _names_of(context: Any, words: Sequence[str], commands: Any) -> list[str]:

@@ -48,6 +48,37 @@ def test_a_wrong_command_line_is_one_line(shell: Shell, words: str, line: str) -
     assert (code, out, err) == (2, "", f"error: {line}\n")
 
 
+NEITHER = " is no config and no command"
+NOT_TAKEN = "tapct submit does not take the command"
+TAKES = "tapct submit takes a config, or index, pack, embed or eval"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("indx a --out b", f"indx{NEITHER}; did you mean index? {TAKES}"),
+        ("Pack m --out b", f"Pack{NEITHER}; did you mean pack? {TAKES}"),
+        ("embd m a --out b", f"embd{NEITHER}; did you mean embed? {TAKES}"),
+        ("--exclusive --nodes 2 evla r", f"evla{NEITHER}; did you mean eval? {TAKES}"),
+        ("train smoke", f"{NOT_TAKEN} train: {TAKES}; tapct submit CONFIG trains"),
+        ("export a --out b", f"{NOT_TAKEN} export: {TAKES}; see tapct submit -h"),
+        ("smok --parts 4", "tapct submit has no option --parts; see tapct submit -h"),
+        ("--job-name indx", "tapct submit needs CONFIG; see tapct submit -h"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_command_behind_submit_is_named(shell: Shell, words: str, line: str) -> None:
+    code, out, err = shell("submit", *words.split())
+    assert (code, out, err) == (2, "", f"error: {line}\n")
+
+
+def test_a_file_that_is_named_like_a_mistyped_command_is_a_config(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "indx").write_text("nonsense: 1\n")
+    assert "indx:1: nonsense" in shell.bad("submit", "indx", "--dry-run")
+
+
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [

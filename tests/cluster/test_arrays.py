@@ -379,6 +379,17 @@ def test_a_section_of_the_site_holds_for_one_command(
         assert all(part in line for part in parts), line
 
 
+def test_options_may_stand_before_the_command(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    options = ("--time", "3:00:00", "--exclusive", "--parts=5", "--job-name", "pack")
+    behind = shell.good(*INDEX, *options)
+    assert shell.good("submit", *options, *INDEX[1:]) == behind
+    assert "--array=0-4" in behind and "--exclusive" in behind
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
