@@ -169,7 +169,11 @@ def main() -> None:
         help=f"variants to run: {', '.join(VARIANTS)}; default all",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds, default 0 1 2"
+        "--seeds",
+        type=arguments.whole,
+        nargs="+",
+        default=[0, 1, 2],
+        help="random seeds, default 0 1 2",
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="key=value", help="overrides for all variants"

@@ -31,6 +31,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positives(text: str) -> list[int]:
+    """argparse type: integers above 0 with commas between them, at least one."""
+    if not text:
+        raise argparse.ArgumentTypeError("give at least one integer above 0")
+    return [positive(word) for word in text.split(",")]
+
+
+def positives_or_none(text: str) -> list[int]:
+    """argparse type: the same; empty for none."""
+    return positives(text) if text else []
+
+
 def device(text: str) -> str:
     """argparse type: a device of this machine."""
     if text not in ("cpu", "cuda"):

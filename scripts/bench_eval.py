@@ -66,8 +66,10 @@ def options_of(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> None:
     options = options_of(words)
     tasks = tuple(options.tasks.split(","))
-    if len(set(tasks)) < 2 or len(set(tasks)) != len(tasks):
-        raise UserError(f"--tasks {options.tasks}: give two different tasks or more")
+    if len(set(tasks)) < 2 or len(set(tasks)) != len(tasks) or "" in tasks:
+        raise UserError(
+            f"--tasks {options.tasks!r}: give two different tasks or more, with commas between them"
+        )
     one = measured(options.run, tasks[:1], options.overrides)
     several = measured(options.run, tasks, options.overrides)
     for found in (one, several):

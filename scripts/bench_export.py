@@ -99,9 +99,13 @@ def measured(*arguments: Any) -> dict[str, float]:
 
 
 def main() -> None:
+    import arguments
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="tap_s_3d", help="name of a file in configs/")
-    parser.add_argument("--inputs", type=int, default=len(SHAPES), help="number of inputs")
+    parser.add_argument(
+        "--inputs", type=arguments.whole, default=len(SHAPES), help="number of inputs"
+    )
     options = parser.parse_args()
     import transformers
 

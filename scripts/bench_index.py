@@ -253,11 +253,6 @@ def bench(
     return rows
 
 
-def counts_of(text: str) -> list[int]:
-    """argparse type: integers above 0 with commas between them; empty for none."""
-    return [arguments.positive(word) for word in text.split(",") if word]
-
-
 def main() -> None:
     """Run the measurements and print a table."""
     parser = argparse.ArgumentParser(
@@ -278,7 +273,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--workers",
-        type=counts_of,
+        type=arguments.positives,
         default=[1, 2],
         help="numbers of worker processes, with commas between them; default 1,2",
     )
@@ -290,13 +285,21 @@ def main() -> None:
     )
     parser.add_argument(
         "--flat",
-        type=counts_of,
+        type=arguments.positives_or_none,
         default=[4, 2],
-        help="measure archives of 1/N of the files too, for the memory; default 4,2",
+        help="measure archives of 1/N of the files too, for the memory; empty for none; default "
+        "4,2",
     )
     parser.add_argument("--archive", type=Path, help="folder of scans instead of made ones")
     parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     given = parser.parse_args()
+    if given.archive is None and given.files // max([1, *given.flat]) < given.slices:
+        parser.error(
+            f"--files {given.files} is less than a series of --slices {given.slices} in the "
+            "smallest archive (--flat); make more files, or shorter series"
+        )
+    if given.archive is not None and not given.archive.is_dir():
+        parser.error(f"--archive {given.archive} is no folder")
     counts = given.workers
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench_index") as place:

@@ -294,9 +294,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--tiles",
-        type=lambda text: [arguments.positive(word) for word in text.split(",")],
+        type=arguments.positives_or_none,
         default=[],
-        help="rows and columns of chunks that are tiles, with commas between them",
+        help="rows and columns of chunks that are tiles, with commas between them; default none",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -385,7 +385,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         ways = write_ways(Path(scratch), options.dim, options.depth)
+        names = ", ".join(way.name for way in ways)
         ways = [way for way in ways if any(part in way.name for part in options.only)]
+        if not ways:
+            parser.error(f"--only {' '.join(options.only)} is in no name of a way: {names}")
         print("| way | file, MiB | imports, s | load, s | × plain read | memory, MiB | "
               "× plain read | largest difference |\n" + "|---" * 8 + "|")  # fmt: skip
         for way in ways:

@@ -195,11 +195,15 @@ def main() -> None:
         help="default %(default)s",
     )
     parser.add_argument(
-        "--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns"
+        "--shape",
+        type=arguments.positive,
+        nargs=3,
+        default=(300, 512, 512),
+        help="slices, rows, columns",
     )
     parser.add_argument(
         "--size",
-        type=int,
+        type=arguments.whole,
         nargs=2,
         default=(0, 0),
         help="in-plane size, rows and columns; 0: the scan's own",

@@ -64,6 +64,18 @@ def test_help_fits_100_columns_and_explains_every_option(
             "configs/smok.yaml: no such config file; did you mean configs/smoke.yaml?",
         ),
         ("bench_prototypes.py --rows 0", "argument --rows: '0' is not an integer above 0"),
+        ("bench_index.py --workers ", "argument --workers: give at least one integer above 0"),
+        ("bench_index.py --workers=1,,2", "argument --workers: '' is not an integer above 0"),
+        ("bench_index.py --flat=4,x", "argument --flat: 'x' is not an integer above 0"),
+        ("bench_index.py --files 99 --flat ", "--files 99 is less than a series of --slices 100"),
+        ("bench_index.py --files 300 --flat 4,2", "--files 300 is less than a series of --slices"),
+        ("bench_index.py --archive nowhere", "--archive nowhere is no folder"),
+        ("bench_store.py --tiles=64,", "argument --tiles: '' is not an integer above 0"),
+        ("bench_eval.py runs/x --tasks ", "--tasks '': give two different tasks or more"),
+        ("bench_eval.py runs/x --tasks=knn,", "--tasks 'knn,': give two different tasks or more"),
+        ("bench_export.py --inputs=-1", "argument --inputs: '-1' is not an integer of 0 or more"),
+        ("bench_whole_scan.py --shape 0 1 1", "argument --shape: '0' is not an integer above 0"),
+        ("ablation.py store --seeds x", "argument --seeds: 'x' is not an integer of 0 or more"),
         (
             "ablation.py {empty} full --seeds 0 --out {empty}/out",
             "full, seed 0: {empty} holds no store.parquet",
@@ -71,7 +83,7 @@ def test_help_fits_100_columns_and_explains_every_option(
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, words: str, message: str) -> None:
-    line = words.format(empty=tmp_path).split()
+    line = words.format(empty=tmp_path).split(" ")  # a space at the end is an empty value
     done = forked.run([ROOT / "scripts" / line[0], *line[1:]], cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: {message.format(empty=tmp_path)}" in done.stderr.splitlines()[-1]
+    assert f"error: {message.format(empty=tmp_path)}" in done.stderr.splitlines()[-1], done.stderr
