@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import yaml
+if TYPE_CHECKING:  # --help is instant
+    import yaml
+
+_MERGE = "tag:yaml.org,2002:merge"  # of the key <<, of which a mapping may have several
 
 
-class RepeatedKey(yaml.YAMLError):
+class RepeatedKey(ValueError):
     """A key that stands twice in one mapping; the text names it and its lines."""
 
 
 def parse(
-    text: str, loader: type, same: Callable[[str], str] = lambda key: key
+    text: str, loader: type[Any], same: Callable[[str], str] = lambda key: key
 ) -> yaml.Node | None:
     """The nodes of a YAML text, without a mapping in which a key is given twice.
 
@@ -24,31 +28,38 @@ def parse(
         RepeatedKey: a key is given twice.
         yaml.YAMLError: the text is no YAML.
     """
+    import yaml
+
     root = yaml.compose(text, Loader=loader)
     _check(root, (), same, set())
     return root
 
 
-def _check(
-    node: yaml.Node | None, path: tuple[str, ...], same: Callable[[str], str], seen: set[int]
-) -> None:
-    if id(node) in seen:  # an alias of what has been checked
+def _check(node: Any, path: tuple[str, ...], same: Callable[[str], str], seen: set[int]) -> None:
+    """Raise RepeatedKey for a node, or one in it, that has a key twice.
+
+    Args:
+        node: node of PyYAML, or None.
+        path: keys that lead to it.
+        same: as in `parse`.
+        seen: identities of the nodes that have been checked; an alias leads to one of them.
+    """
+    if node is None or id(node) in seen:
         return
     seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
+    if node.id == "sequence":
         for number, item in enumerate(node.value):
             _check(item, (*path, str(number)), same, seen)
-    if not isinstance(node, yaml.MappingNode):
+    if node.id != "mapping":
         return
     line_of: dict[str, int] = {}
     for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-            continue  # several << may stand in a mapping; a key of another kind is refused later
+        if key.id != "scalar" or key.tag == _MERGE:
+            continue  # a key that is no text is refused by whoever reads the values
         line, name = key.start_mark.line + 1, same(key.value)
         if name in line_of:
-            lines = f"lines {line_of[name]} and {line}"
-            if line_of[name] == line:
-                lines = f"line {line}"
+            before = line_of[name]
+            lines = f"line {line}" if before == line else f"lines {before} and {line}"
             raise RepeatedKey(
                 f"{'.'.join((*path, key.value))} is given twice, in {lines}; keep one of them"
             )

@@ -312,6 +312,13 @@ def test_an_unknown_section_with_several_keys_is_reported_as_a_whole() -> None:
     assert line == "override: optin = {lr: 1, clip: 2}: unknown key; did you mean optim?"
 
 
+@pytest.mark.parametrize("word", ["optim={lr: 1, lr: 2}", "optim={1: a, 1: b}"])
+def test_a_key_that_is_given_twice_in_an_override_is_one_line(word: str) -> None:
+    key = word[7:9].rstrip(":")
+    twice = f"{key} is given twice, in line 1; keep one of them"
+    assert message(Root, None, word) == f"override: {word}: {twice}"
+
+
 def test_an_unknown_key_like_nothing_lists_what_there_is(write: Callable[..., Path]) -> None:
     line = message(Root, write("name: x\noptim:\n  zzzzzzzz: 1"))
     assert line.startswith(

@@ -16,6 +16,7 @@ from typing import Any
 
 from tapct.base.exits import UserError, single_line
 from tapct.config.fields import checked, setting
+from tapct.config.repeated_keys import parse
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,6 @@ def read_rules(file: Path | None, overrides: Sequence[str] = ()) -> CheckRules:
         UserError: the file cannot be read, or a name or value is wrong.
     """
     import yaml
-
-    from tapct.config.repeated_keys import parse
 
     given: dict[str, tuple[Any, str]] = {}
     if file is not None:
