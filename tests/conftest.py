@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Collect garbage from now on, but never search what is loaded, which lives to the end."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Save what scripts/coverage.sh measures: pytest-xdist gives a process ten seconds to end, and
+    then it is killed.
+    """
+    if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()):
+        measured.save()
 
 
 @pytest.fixture(autouse=True)
