@@ -132,8 +132,8 @@ class Config:
     )
     pos_offset: float = setting(
         0.0,
-        "number that is added to the patches along an axis when learned positions are resized; "
-        "DINOv2 without registers: 0.1",
+        "offset that is added to the number of patches along an axis when learned positions are "
+        "resized (`interpolate_offset` of DINOv2); DINOv2 without registers: 0.1",
         ge=0.0,
         lt=1.0,
     )

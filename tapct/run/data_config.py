@@ -81,7 +81,7 @@ class DataConfig:
     on_change: str = setting(
         "refuse",
         "when a run is resumed and the store has other scans than before: refuse, or rebase "
-        "(continue with the new ones)",
+        "(resume with the new scans)",
         choices=("refuse", "rebase"),
     )
     loader: loader.Config = field(default_factory=loader.Config)

@@ -84,8 +84,8 @@ class Config:
     )
     top: int = setting(
         5,
-        "number of best matches per point among which one must be a hit, for the second hit rate; "
-        "the hit rate of the best match alone is always computed",
+        "for `hit_rate_of_points_top`: a point counts as a hit if one of this number of best "
+        "matches is a hit; the hit rate of the best match alone is always computed",
         ge=1,
     )
     blocks: str = setting(
