@@ -95,7 +95,7 @@ class IndexInputs:
         folders = tuple(Path(os.path.abspath(each)) for each in self.folders)
         return replace(self, root=root, folders=folders)
 
-    def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
+    def entry_of(self, sources: Iterable[Source], *, strict: bool = True) -> dict[Path, Entry]:
         """The entry of each source that a list names, by the path of the source.
 
         Args:
