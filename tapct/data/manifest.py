@@ -218,7 +218,7 @@ class RowFile(RowTable):
     Args:
         file: path of the .parquet file.
     Raises:
-        OSError, pyarrow.ArrowException: it cannot be read.
+        OSError, pyarrow.ArrowException, UnicodeDecodeError: it cannot be read.
     """
 
     def __init__(self, file: Path) -> None:
@@ -414,7 +414,7 @@ def _opened(path: Path) -> RowFile:
         raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
     try:
         return RowFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
