@@ -5,12 +5,18 @@ and pair scans with labels.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow
+import pyarrow.compute as pc
 
 from tapct.base.exits import UserError
 from tapct.data import formats
@@ -19,23 +25,25 @@ from tapct.data.index.inputs import Entry, IndexInputs
 from tapct.data.index.journal import Journal
 from tapct.data.index.label_counts import LabelsFound, Unpaired
 from tapct.data.index.listing import Listed, list_files
-from tapct.data.index.placed_rows import PlacedRows
+from tapct.data.index.placed_rows import PLACE, PlacedRows
 from tapct.data.index.scan_row import ExamineTask, ScanRules
 from tapct.data.index.share import WHOLE, Share
 from tapct.data.index.source_table import (
     FOUND_SCHEMA,
     LABEL_COLUMNS,
     SOURCE_SCHEMA,
+    bytes_of,
     labels_of_row,
     row_of_found,
+    row_of_source,
     source_of_row,
     text_of,
 )
-from tapct.data.labels.pairing import pair_labels
+from tapct.data.labels.pairing import LabelPairs, may_hold_labels, pair_labels
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
 from tapct.data.search import passed_over as passed
-from tapct.data.search.discover import DICOM_OBJECT, Source, in_order
+from tapct.data.search.discover import DICOM_OBJECT, Source
 from tapct.data.workers.process_pool import DEFAULT_LIMITS, ScanLimits, map_unordered
 from tapct.data.workers.time_limit import NoAnswer, TimeLimit
 
@@ -249,24 +257,14 @@ def _load(_: None) -> None:
 
 def _found(request: _Request) -> _Paired:
     """What lies in an archive, and which label map belongs to which scan."""
-    inputs, listed, scratch = request.inputs, request.listed, request.scratch
-    passed_over = Counter(listed.passed_over)
+    inputs = request.inputs
+    passed_over = Counter(request.listed.passed_over)
     sources = _in_order(request, passed_over)
-    # side-cars, tables of labels and the headers of DICOM objects are read again
-    limit = TimeLimit(request.seconds + _PAIRING_SECONDS * len(sources))
-    try:
-        pairs = limit.call(pair_labels, sources, inputs.root, request.labels, request.seconds)
-    except NoAnswer as error:
-        raise UserError(
-            f"the files of {inputs.root} were listed, but reading side-cars and tables of labels "
-            f"had {error}; check the disk"
-        ) from error
-    finally:
-        limit.close()
-    given = {entry.label for entry in inputs.entries}
-    rows = PlacedRows(scratch / "found", FOUND_SCHEMA)
+    pairs = _pairs_of(sources, request)
     passed_over.update(pairs.passed_over)
-    for source in sources:
+    given = {entry.label for entry in inputs.entries}
+    rows = PlacedRows(request.scratch / "found", FOUND_SCHEMA)
+    for source in map(source_of_row, sources.rows()):
         if source.path in pairs.label_files or source.path in given:
             continue
         if source.kind == DICOM_OBJECT:
@@ -275,11 +273,12 @@ def _found(request: _Request) -> _Paired:
             passed_over["not part of the data set"] += 1
         else:
             rows.append(row_of_found(source, pairs))
+    sources.remove()
     unpaired = Unpaired(pairs.unmatched, pairs.likely, pairs.num_given, pairs.num_given_used)
     return _Paired(rows, unpaired, passed_over)
 
 
-def _in_order(request: _Request, passed_over: Counter[str]) -> Sequence[Source]:
+def _in_order(request: _Request, passed_over: Counter[str]) -> PlacedRows:
     """The sources of an archive in the order of their paths.
 
     Args:
@@ -287,15 +286,57 @@ def _in_order(request: _Request, passed_over: Counter[str]) -> Sequence[Source]:
         passed_over: counts to which the other DICOM files are added.
     """
     inputs, listed, scratch = request.inputs, request.listed, request.scratch
-    sources = [source_of_row(row) for row in listed.sources.rows()]
-    for source, kind in grouped(
-        inputs.root, request.journal, listed.current, scratch, derived=request.derived
-    ):
+    rows = PlacedRows(scratch / "unordered", SOURCE_SCHEMA)
+    series = grouped(inputs.root, request.journal, listed.current, scratch, derived=request.derived)
+    of_files = ((source_of_row(row), "") for row in listed.sources.rows())
+    for source, kind in itertools.chain(of_files, series):
         if source is None:
             passed_over[kind] += 1
-        else:
-            sources.append(source)
-    return in_order(inputs.root, filter(inputs.has_named, sources))
+        elif inputs.has_named(source):
+            rows.append(row_of_source(source))
+    places = _ranks([table.column("path") for table in rows.tables(("path",))], inputs.root)
+    ordered = PlacedRows(scratch / "ordered", SOURCE_SCHEMA)
+    for table in rows.tables():
+        numbers = table.column(PLACE).to_numpy()
+        ordered.add(table.drop_columns([PLACE]), places[numbers])
+    rows.remove()
+    return ordered
+
+
+def _ranks(paths: Sequence[pyarrow.ChunkedArray], root: Path) -> np.ndarray:
+    """The rank of each path among all, by their parts below the root; that of the root is a dot."""
+    column = pyarrow.chunked_array([chunk for each in paths for chunk in each.chunks], "binary")
+    own = bytes_of(root)
+    column = pc.if_else(pc.equal(column, own), own.rstrip(b"/") + b"/.", column)
+    order = pc.sort_indices(column).to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _pairs_of(sources: PlacedRows, request: _Request) -> LabelPairs:
+    """Which label map belongs to which scan. All sources are in memory only where some may be label
+    maps.
+    """
+    root = request.inputs.root
+    all_sources = functools.partial(map, source_of_row)
+    may_be_pairs = request.labels is not None or any(
+        may_hold_labels(source, root) for source in all_sources(sources.rows())
+    )
+    if not may_be_pairs:
+        return LabelPairs({}, frozenset())
+    # side-cars, tables of labels and the headers of DICOM objects are read again
+    limit = TimeLimit(request.seconds + _PAIRING_SECONDS * len(sources))
+    try:
+        given = (tuple(all_sources(sources.rows())), root, request.labels, request.seconds)
+        return limit.call(pair_labels, *given)
+    except NoAnswer as error:
+        raise UserError(
+            f"the files of {root} were listed, but reading side-cars and tables of labels had "
+            f"{error}; check the disk"
+        ) from error
+    finally:
+        limit.close()
 
 
 def _below(source: Source, inputs: IndexInputs) -> str:
