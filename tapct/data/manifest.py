@@ -340,13 +340,17 @@ class Manifest:
         """Hash over ids and voxels of the accepted rows; it does not change when the archive
         moves.
         """
-        table = self.row_table().columns(("id", "digest", "status"))
-        table = table.filter(pc.equal(table.column("status"), ACCEPTED))
-        joined = pc.binary_join_element_wise(table.column("id"), table.column("digest"), " ")
-        lines = TextColumn(joined.take(pc.sort_indices(joined)))
+        lines = [pyarrow.array([], pyarrow.string())]
+        for table in self.row_table().tables(("id", "digest", "status")):
+            table = table.filter(pc.equal(table.column("status"), ACCEPTED))
+            columns = (table.column(name) for name in ("id", "digest"))
+            lines += pc.binary_join_element_wise(*columns, " ").chunks
+        column = pyarrow.chunked_array(lines)
+        order = pc.sort_indices(column)
         digest = hashlib.blake2b(digest_size=16)
-        for line in lines:
-            digest.update(f"{line}\n".encode())
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            for line in column.take(order.slice(start, _ROWS_AT_ONCE)).to_pylist():
+                digest.update(f"{line}\n".encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, int]:

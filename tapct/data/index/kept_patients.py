@@ -194,10 +194,14 @@ def keep_patients(
     before = _Before.of(now, known)
     is_known = now.is_known()
     same_as = older.memory.same_as
-    ones = (now.patients[is_known], now.patients[before.rows], hashes(same_as))
-    others = (given[is_known], before.patients, hashes(same_as.values()))
-    earlier = np.concatenate([known.patients, others[2]])
-    name_of = _names(np.concatenate(ones), np.concatenate(others), earlier, now, split_seed)
+    remembered = hashes(same_as.values())
+    joined = (
+        (now.patients[is_known], given[is_known]),
+        (now.patients[before.rows], before.patients),
+        (hashes(same_as), remembered),
+    )
+    earlier = np.concatenate([known.patients, remembered])
+    name_of = _names(joined, earlier, now, split_seed)
     patients = name_of.of(now.patients)
     sources = np.where(patients == now.patients, now.sources, RULES.index(KEPT)).astype(np.uint8)
     kept = replace(now, patients=patients, sources=sources)
@@ -313,19 +317,22 @@ class _Names:
 
 
 def _names(
-    ones: np.ndarray, others: np.ndarray, earlier: np.ndarray, now: ScanPatients, split_seed: int
+    joined: Iterable[tuple[np.ndarray, np.ndarray]],
+    earlier: np.ndarray,
+    now: ScanPatients,
+    split_seed: int,
 ) -> _Names:
     """The hash of the patient of each joined hash: of the earlier ones the one that is held out
     last; without an earlier one, the one by today's rules.
 
     Args:
-        ones, others: hashes that are joined, one by one.
+        joined: hashes of one array that are joined with those of another one, one by one.
         earlier: hashes of earlier patients.
         now: patients by today's rules.
         split_seed: seed of the split.
     """
-    differ = ones != others
-    ones, others = ones[differ], others[differ]
+    differing = [(one[one != other], other[one != other]) for one, other in joined]
+    ones, others = (np.concatenate([pair[side] for pair in differing]) for side in (0, 1))
     members = np.unique(np.concatenate([ones, others]))
     pairs = (np.searchsorted(members, each) for each in (ones, others))
     root = roots(len(members), *pairs)
