@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 
+from tapct.base.exits import UserError
+from tapct.base.files import first_cause
 from tapct.data.index import duplicates
 from tapct.data.index.duplicates import Copies
 from tapct.data.index.examining import Examination
@@ -95,7 +97,13 @@ def manifest_of(
         gone = vanished(kept.ids, paths, older.manifest, patient_of)
     finished = _Finished(examination, people, kept)
     file = scratch / "rows.parquet"
-    write_rows(_with_gone(finished, rows, gone, scratch), file)
+    try:
+        write_rows(_with_gone(finished, rows, gone, scratch), file)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file}: {first_cause(error)}; nothing was changed, and what was read "
+            "before is kept"
+        ) from error
     return Manifest(
         RowFile(file),
         root.resolve(),

@@ -55,7 +55,7 @@ class Examination:
         scratch: folder for the rows.
         workers, limits: as in `build_manifest`.
         progress: function that is called with (scans done, scans in all).
-        is_chosen: function that says whether a scan is examined; by default each is.
+        is_chosen: function that returns whether a scan is examined; by default each is.
     Attributes:
         rows: rows of the scans that were examined, by the numbers of the scans.
         contradiction: how label files contradict each other, of the first scan where they do.

@@ -152,7 +152,7 @@ class Journal:
         return part
 
     def _make_folder(self) -> None:
-        """Make the folder, with the file that says whose rows it holds."""
+        """Make the folder, with the file that shows for what its rows can be used."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._read_about() != self._about:
             files.write_atomically(self.folder / _ABOUT, self._about, mode=files.PRIVATE)

@@ -12,6 +12,9 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
+from tapct.base.exits import UserError
+from tapct.base.files import first_cause
+
 PLACE = "place"  # column with the place of a row
 ROWS_AT_ONCE = 1024  # that are read at once; a DICOM series may have a list of 1000 files
 _MOST_BYTES = 1 << 23  # of rows that wait in memory
@@ -129,9 +132,19 @@ class PlacedRows:
 
 
 def append_stream(file: Path, table: pyarrow.Table) -> None:
-    """Append rows to a file, which holds streams of Arrow one after the other."""
-    with file.open("ab") as content, pyarrow.ipc.new_stream(content, table.schema) as writer:
-        writer.write_table(table)
+    """Append rows to a file, which holds streams of Arrow one after the other.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable.
+    """
+    try:
+        with file.open("ab") as content, pyarrow.ipc.new_stream(content, table.schema) as writer:
+            writer.write_table(table)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file}: {first_cause(error)}; nothing was changed, and what was read "
+            "before is kept"
+        ) from error
 
 
 def read_streams(
