@@ -152,18 +152,20 @@ class _Clues:
     """What is known of all scans, in some bytes per scan.
 
     Args:
-        scans, rules, scratch: as in `patients_of`.
+        scans, rules: as in `patients_of`.
+        sketches: without any; gets those of all scans.
     Attributes:
         is_read: bool, whether the scan could be read.
         study, series, pseudonym, digest: `number_of` these texts.
         guess: keyed hash of the identifier that the names on the path suggest.
         given, sources: keyed hash and number of the rule by the first rule that applies.
         has_stand_in: bool, whether the PatientID identifies nobody.
-        sketches: sketches of all scans.
     """
 
-    def __init__(self, scans: Iterable[Known], rules: PatientRules, scratch: Path | None) -> None:
-        self.sketches = near_copies.Sketches(scratch)
+    def __init__(
+        self, scans: Iterable[Known], rules: PatientRules, sketches: near_copies.Sketches
+    ) -> None:
+        self.sketches = sketches
         columns = {name: array("Q") for name in ("study", "series", "pseudonym", "digest")}
         is_read, guesses = bytearray(), bytearray()
         same_for_all = _SameForAll()
@@ -243,12 +245,13 @@ def patients_of(
     Returns:
         One patient per scan, in the same order.
     """
-    clues = _Clues(scans, rules, scratch)
-    joined = _Joined(clues.given, clues.sources)
-    _join_scans(clues, joined.join)
-    several = _join_studies(clues, rules, joined.join)
-    _join_series(clues, rules, joined.join)
-    has_near_copy = _join_near_copies(clues, rules, joined.join)
+    with near_copies.Sketches(scratch) as sketches:
+        clues = _Clues(scans, rules, sketches)
+        joined = _Joined(clues.given, clues.sources)
+        _join_scans(clues, joined.join)
+        several = _join_studies(clues, rules, joined.join)
+        _join_series(clues, rules, joined.join)
+        has_near_copy = _join_near_copies(clues, rules, joined.join)
     has_several_ids = clues.is_read & np.isin(clues.study, several)
     return Patients(
         *(joined.names(), clues.given, clues.sources),

@@ -71,15 +71,22 @@ def _hashes(groups_N4: np.ndarray) -> np.ndarray:
 
 
 class Sketches:
-    """The sketches of an archive, on disk: 256 bytes a scan are too many for the memory.
+    """The sketches of an archive, on disk: 256 bytes a scan are too many for the memory. Its `with`
+    block closes the temporary file, which removes it.
 
     Args:
         folder: folder of the temporary file; None for that of the system.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with this object)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
         self._counts = array("i")  # of hashes, by scan
+
+    def __enter__(self) -> Sketches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, content: bytes) -> None:
         """Add the sketch of the next scan; empty for none."""
@@ -123,7 +130,8 @@ def pairs(sketches: Iterable[bytes]) -> Iterator[tuple[int, int]]:
     Args:
         sketches: `sketch` of every scan of an archive; empty for none.
     """
-    all_sketches = Sketches()
-    for each in sketches:
-        all_sketches.add(each)
-    yield from map(tuple, all_sketches.pairs().tolist())
+    with Sketches() as all_sketches:
+        for each in sketches:
+            all_sketches.add(each)
+        found = all_sketches.pairs().tolist()
+    yield from map(tuple, found)
