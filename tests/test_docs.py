@@ -188,8 +188,9 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
         context = known.commands[words[0]].make_context(words[0], words[1:])
         overrides = context.params.get("overrides") or []
         if "mylab" not in line:
-            config = ROOT / str(context.params.get("config") or SMOKE)
-            load_config(RunConfig, config if config.is_file() else SMOKE, overrides)
+            config = str(context.params.get("config") or SMOKE)
+            files = [ROOT / config, ROOT / "configs" / f"{config}.yaml", SMOKE]
+            load_config(RunConfig, next(file for file in files if file.is_file()), overrides)
 
 
 @pytest.mark.parametrize(
@@ -222,9 +223,9 @@ def test_the_header_for_small_batches_states_the_memory_of_its_plan() -> None:
     path = ROOT / "configs" / "tap_s_3d_small_batch.yaml"
     config = load_config(RunConfig, path, []).value
     (memory,) = command.estimate_of(
-        config, command.costs_of(config), scale.Request(gpus=(1,))
+        config, command.costs_of(config), scale.Request(gpus=(1,), memory=24e9)
     ).as_set
-    stated = re.search(r"\((\d+) GB as counted by tapct plan", path.read_text())
+    stated = re.search(r"\((\d+) GB as counted by tapct plan --memory", path.read_text())
     assert stated and abs(float(stated[1]) - memory.total / 1e9) < 0.6
 
 

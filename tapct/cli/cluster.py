@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # --help is instant
 
 @app.command(
     epilog=examples(
-        "tapct submit tap_s_3d --gpus-per-node 4 --time 2-00:00 out=runs/mine",
-        "tapct submit tap_s_3d --gpus-per-node 1 --sweep optim.lr=1e-4,2e-4",
+        "tapct submit tap_s_3d_small_batch --gpus-per-node 1 --cpus-per-task 9",
+        "tapct submit smoke --cpus-per-task 3 --sweep optim.lr=1e-3,3e-3",
     )
 )
 def submit(

@@ -118,7 +118,7 @@ def evaluate(
             metavar="FOLDER",
             help="with --data: folder for its manifest and store; give the same folder for several "
             "models",
-            show_default="data, in the folder of the evaluations",
+            show_default="RUN/eval/data, or MODEL-eval/data",
         ),
     ] = None,
     part: Part = None,
@@ -269,8 +269,8 @@ def embed(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="folder of the results, one file per scan; for the dense features of one scan "
-            "also the file to write, .npz",
+            help="folder for the results: one file per scan, or one table with --format parquet. "
+            "For the dense features of a single scan, you can give the .npz file itself",
             show_default="features.npz for one scan",
         ),
     ] = None,

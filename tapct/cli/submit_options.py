@@ -181,7 +181,7 @@ JobName = Annotated[
         "--job-name",
         metavar="NAME",
         help="name of the job in the queue",
-        show_default="tapct- and the name of the run folder, or of the command",
+        show_default="tapct-NAME, with the name of the run folder or of the command",
     ),
 ]
 

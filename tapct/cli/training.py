@@ -167,7 +167,7 @@ def plan(
     epilog=examples(
         "tapct train smoke data.store=data/store out=runs/mine",
         "tapct train smoke 'model.patch=[4,8,8]' --print-config",
-        "torchrun --nproc-per-node 8 -m tapct train tap_b_3d out=runs/base",
+        "torchrun --nproc-per-node 8 -m tapct train tap_b_3d train.accumulation=8",
     )
 )
 def train(

@@ -13,8 +13,9 @@ class Config:
 
     shard: int = setting(
         0,
-        "number of ranks that share one copy of the parameters; further ranks hold replicas of "
-        "it; 0: the ranks of a node; 1: every rank holds a complete copy",
+        "number of ranks among which one copy of the parameters is divided; each further group of "
+        "this size has a copy of its own; 0: the ranks of a node; 1: every rank holds a complete "
+        "copy",
         ge=0,
     )
     timeout_s: float = setting(
@@ -33,13 +34,13 @@ class Config:
     )
     desync_every: int = setting(
         0,
-        "steps between two checks that all ranks have the same weights, loss state and step "
-        "number; 0: never",
+        "number of steps from one check to the next; a check compares the weights, the state of "
+        "the losses and the step number of all ranks; 0: never",
         ge=0,
     )
     straggler_factor: float = setting(
         2.0,
-        "a rank is named in the log if the time from the start of a step until it is ready for "
-        "what the ranks do together is at least this many times the median of all ranks",
+        "a rank is slow if the time from the start of a step until it waits for the other ranks "
+        "is at least this many times the median of all ranks; the log names slow ranks",
         gt=1.0,
     )

@@ -65,7 +65,10 @@ class Config:
     """When to save and what to keep."""
 
     every: int = setting(
-        500, "optimizer steps between checkpoints; one is always written at the end", ge=1
+        500,
+        "number of optimizer steps from one checkpoint to the next; a checkpoint is always "
+        "written at the end",
+        ge=1,
     )
     keep: int = setting(
         2,
@@ -77,7 +80,9 @@ class Config:
         0, "checkpoints whose step is a multiple of this number are never deleted; 0: none", ge=0
     )
     asynchronous: bool = setting(
-        True, "write while training continues; needs host memory for a copy of the state"
+        True,
+        "whether checkpoints are written while training continues; this needs host memory for "
+        "a copy of the state",
     )
     on_error: str = setting(
         "stop",

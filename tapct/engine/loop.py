@@ -48,8 +48,9 @@ class Config:
     )
     accumulation: int = setting(
         1,
-        "number of micro-batches per optimizer step; KoLeo uses the samples of one micro-batch, "
-        "Sinkhorn those of the micro-batches that all ranks compute at the same time",
+        "number of micro-batches per optimizer step and rank; KoLeo uses the samples of one "
+        "micro-batch, Sinkhorn uses the samples of the micro-batches that all ranks compute at "
+        "the same time",
         ge=1,
     )
     precision: str = setting(
@@ -66,8 +67,8 @@ class Config:
     )
     recompute: int = setting(
         0,
-        "activation checkpointing: 1 computes every block again in the backward pass instead "
-        "of storing its activations, 2 every second block, and so on; 0: none",
+        "activation checkpointing: 1 computes every block again in the backward pass instead of "
+        "storing its activations; 2 does so for every second block, and so on; 0: no block",
         ge=0,
     )
     resume: str = setting(
@@ -85,13 +86,14 @@ class Config:
     )
     init_allow: tuple[str, ...] = setting(
         (),
-        "which mismatches between these weights and the model are allowed: missing, resized "
-        "(which allows inflated too), inflated, unexpected",
+        "which mismatches between the weights of train.init and the model are allowed: missing, "
+        "resized (which allows inflated too), inflated, unexpected",
     )
     init_window: tuple[int, int, int] | None = setting(
         None,
-        "voxels (z, y, x) that the positions of these weights were learned for; null: as their "
-        "config.json states, or as their number suggests",
+        "size of a crop in voxels (z, y, x) for which the positions of the weights of train.init "
+        "were learned; null: read from config.json beside the weights, or guessed from the number "
+        "of positions",
         ge=1,
     )
     init_inflate: str = setting(
@@ -102,9 +104,9 @@ class Config:
     )
     save_before_end_s: float = setting(
         60.0,
-        "in a SLURM job, the run saves and stops this many seconds before the job's time "
-        "limit, even if no signal arrives; it also stops at the signal of `tapct submit "
-        "--grace`, whichever is earlier",
+        "in a SLURM job, the run saves and stops this many seconds before the time limit of the "
+        "job, even if no signal arrives. If the signal of `tapct submit --grace` arrives earlier, "
+        "it stops then",
         ge=0.0,
     )
 

@@ -33,8 +33,8 @@ class Config(schedules.OptimSchedule):
     )
     layer_decay: float = setting(
         0.9,
-        "a block's learning rate is this factor times that of the block after it (nearer to "
-        "the output); DINOv2",
+        "the learning rate of a block is the learning rate of the next block (nearer to the "
+        "output), multiplied by this factor; DINOv2",
         gt=0.0,
         le=1.0,
     )

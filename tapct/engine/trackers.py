@@ -44,18 +44,18 @@ class Config:
 
     every: int = setting(
         10,
-        "steps between two writes of the metrics; those of all steps in between are copied from "
-        "the device at once",
+        "number of steps from one write of the metrics to the next; the metrics of all steps in "
+        "between are then copied from the device together",
         ge=1,
     )
     metrics_every: int = setting(
         0,
-        "steps between two rows of metrics.jsonl. 0: every step has a row; in a run of more than "
-        "100,000 steps, every 2nd, 5th, 10th, 20th ... step, so that the file has at most 100,000 "
-        "rows. TensorBoard gets at most 25,000 of them",
+        "number of steps from one row of metrics.jsonl to the next. 0: every step has a row; in a "
+        "run of more than 100,000 steps, every 2nd, 5th, 10th, 20th ... step, so that the file "
+        "has at most 100,000 rows. TensorBoard gets at most 25,000 of these rows",
         ge=0,
     )
-    tensorboard: bool = setting(True, "write RUN/tensorboard")
+    tensorboard: bool = setting(True, "whether the metrics are also written to RUN/tensorboard")
     wandb: Wandb = field(default_factory=Wandb)
 
 

@@ -78,8 +78,8 @@ class Config:
     )
     quota_gb: float = setting(
         20.0,
-        "size of the feature cache in GB (10^9 bytes); beyond it, the features that were used "
-        "least recently are removed, but none of an evaluation that runs",
+        "maximum size of the feature cache in GB (10^9 bytes); if it is larger, the features that "
+        "were used least recently are removed, except those of an evaluation that is running",
         gt=0,
     )
 

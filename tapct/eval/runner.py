@@ -64,8 +64,8 @@ class During:
 
     every: int = setting(
         0,
-        "steps between evaluations during training; the checkpoints of these steps and the "
-        "last one are evaluated; 0: no evaluation",
+        "number of steps from one evaluation during training to the next; the last checkpoint is "
+        "evaluated too; 0: no evaluation",
         ge=0,
     )
     how: str = setting(
@@ -85,8 +85,9 @@ class During:
     )
     wait_s: float = setting(
         600.0,
-        "in a job of SLURM, PBS or another scheduler: how long, in seconds, the first rank waits "
-        "at the end of training for a running `process`; the end of the job would otherwise end it",
+        "in a job of SLURM, PBS or another scheduler: how many seconds the first rank waits at "
+        "the end of training for an evaluation that is still running as a `process`; without this "
+        "wait, the evaluation would end with the job",
         ge=0.0,
     )
     sbatch: tuple[str, ...] = setting(
@@ -113,16 +114,18 @@ class Config:
         metadata={"doc": "how whole scans are prepared for the backbone"},
     )
     only: tuple[str, ...] = setting(
-        (), "patterns that the paths of evaluated scans must match, e.g. `ts_body/*`; empty: all"
+        (),
+        "only scans whose path matches one of these patterns are evaluated, e.g. `ts_body/*`; "
+        "empty: all scans",
     )
     test_share: float = setting(
         0.5, "share of the patients that are test patients; at least one patient", gt=0, lt=1
     )
     validation_share: float = setting(
         0.0,
-        "share of the test patients that become validation patients: evaluations during training "
-        "test on them, so that the best checkpoint is chosen on them, and all other evaluations "
-        "test on the rest; 0: all evaluations test on the same patients",
+        "share of the test patients that become validation patients. Evaluations during training, "
+        "by which the best checkpoint is chosen, test on the validation patients; all other "
+        "evaluations test on the other test patients. 0: all evaluations test on the same patients",
         ge=0,
         lt=1,
     )
@@ -137,7 +140,9 @@ class Config:
     )
     block_gap: int = setting(2, "number of patch slices that are left out between two parts", ge=0)
     num_pictures: int = setting(
-        2, "number of test scans with pictures of each task and of the patch features", ge=0
+        2,
+        "number of test scans of which pictures are made, for each task and of the patch features",
+        ge=0,
     )
     batch: int = setting(8, "windows per forward call", ge=1)
     scan_labels: str = setting(
@@ -153,7 +158,7 @@ class Config:
     split_column: str = setting(
         "auto",
         "column of `scan_labels` with the official split (train, val or test); auto: `split`, or "
-        "else `fold0`, where there is one; none: the scans are divided by patient",
+        "else `fold0`, if the table has one of them; none: the scans are divided by patient",
     )
     baselines: tuple[str, ...] = setting(
         baselines.DEFAULTS,

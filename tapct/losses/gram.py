@@ -45,20 +45,21 @@ class Config:
     weight: float = setting(2.0, "factor on the term; DINOv3, arXiv:2508.10104", ge=0.0, le=1e6)
     start: int = setting(
         100_000,
-        "optimizer steps before the first snapshot of the teacher; until then the term is 0 "
-        "and needs no forward pass; DINOv3: 1,000,000; default: 80 % of the default "
-        "train.steps",
+        "number of optimizer steps before the first snapshot of the teacher; before this "
+        "snapshot, the term is 0 and needs no forward pass; DINOv3: 1,000,000; default: 80 % of "
+        "the default train.steps",
         ge=0,
     )
     refresh_every: int = setting(
         10_000,
-        "steps from one snapshot to the next; 0: only one snapshot; DINOv3, arXiv:2508.10104",
+        "number of steps from one snapshot to the next; 0: only one snapshot; DINOv3, "
+        "arXiv:2508.10104",
         ge=0,
     )
     tokens: str = setting(
         "all",
-        "patches of the global crops that are compared: all (as DINOv3), masked (those that "
-        "the student does not see) or unmasked (those that it sees)",
+        "patches of the global crops that are compared: all (as in DINOv3), masked (patches that "
+        "the student does not see) or unmasked (patches that it sees)",
         choices=("all", "masked", "unmasked"),
     )
 

@@ -30,8 +30,8 @@ class Config:
     )
     cross_rank: bool = setting(
         False,
-        "true: compare with the samples of all ranks (for small batches); false: of this rank "
-        "only, as in DINOv2",
+        "true: the nearest neighbour is searched among the samples of all ranks (for small "
+        "batches); false: among those of the same rank, as in DINOv2",
     )
 
 

@@ -72,7 +72,7 @@ class Config:
 
     window: tuple[int, int, int] = setting(
         (12, 224, 224),
-        "voxels (z, y, x) of a crop: for this crop size the learned positions are used without "
+        "size of a crop in voxels (z, y, x) for which the learned positions are used without "
         "resizing; arXiv:2512.00872",
         ge=1,
     )
@@ -120,8 +120,9 @@ class Config:
     )
     positions: str = setting(
         "learned",
-        "how a patch gets its position: learned vectors added to the tokens (DINOv2), rope "
-        "rotates queries and keys by it (DINOv3), or both",
+        "how a patch gets its position: learned: learned vectors are added to the tokens "
+        "(DINOv2); rope: queries and keys are rotated by angles that depend on the position "
+        "(DINOv3); both",
         choices=("learned", "rope", "both"),
     )
     pos_resize: str = setting(
@@ -132,16 +133,16 @@ class Config:
     )
     pos_offset: float = setting(
         0.0,
-        "number that is added to the patches along an axis when learned positions are resized; "
-        "DINOv2 without registers: 0.1",
+        "offset that is added to the number of patches along an axis when learned positions are "
+        "resized (`interpolate_offset` of DINOv2); DINOv2 without registers: 0.1",
         ge=0.0,
         lt=1.0,
     )
     rope: rope.Config = field(default_factory=rope.Config)
     attention: str = setting(
         "sdpa",
-        "attention back-end: sdpa works on every device, varlen and xformers only on a GPU; "
-        "auto uses the first of varlen, xformers and sdpa that device and precision allow",
+        "attention back-end: sdpa works on every device, varlen and xformers only on a GPU; auto "
+        "uses the first of varlen, xformers and sdpa that works on the device with train.precision",
         choices=tuple(BACKENDS),
     )
 

@@ -48,8 +48,8 @@ class Config:
     )
     axes: str = setting(
         "zyx",
-        "axes whose positions rotate queries and keys; yx: those of DINOv3, whose weights need "
-        "it, and patches that differ in z alone have the same position",
+        "axes whose positions rotate queries and keys; yx: the axes of DINOv3, which weights of "
+        "DINOv3 need; patches that differ only in z then have the same position",
         choices=tuple(AXES),
     )
     base: float = setting(
@@ -66,14 +66,14 @@ class Config:
     )
     jitter: float = setting(
         1.0,
-        "in training, factor on the positions along each axis of a crop, drawn log-uniformly "
-        "from 1 / jitter to jitter; 1: off; DINOv3",
+        "in training, the positions along each axis of a crop are multiplied by a factor of their "
+        "own, drawn log-uniformly from 1 / jitter to jitter; 1: off; DINOv3",
         ge=1.0,
     )
     rescale: float = setting(
         1.0,
-        "in training, factor on the positions along all axes of a crop, drawn log-uniformly "
-        "from 1 / rescale to rescale; 1: off; 2 in DINOv3's configs",
+        "in training, the positions of a crop are multiplied by one factor for all axes, drawn "
+        "log-uniformly from 1 / rescale to rescale; 1: off; 2 in DINOv3's configs",
         ge=1.0,
     )
 

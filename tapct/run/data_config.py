@@ -35,12 +35,13 @@ class DataConfig:
     """Which scans a run learns from."""
 
     store: Path = setting(
-        Path("data/store"), "folder written by `tapct pack`; not read where data.stores is set"
+        Path("data/store"), "folder written by `tapct pack`; not read if data.stores is set"
     )
     stores: tuple[StoreConfig, ...] = setting(
         (),
-        "list of {path, weight, name}: archives that the run is trained on together, each with its "
-        "share of the samples, instead of data.store; `tapct eval` evaluates the first one",
+        "list of {path, weight, name}, used instead of data.store: archives on which the run is "
+        "trained together; each of them gives a share of the samples that is proportional to its "
+        "weight. `tapct eval` evaluates the first archive",
     )
     join_patients: bool = setting(
         False,
@@ -81,7 +82,7 @@ class DataConfig:
     on_change: str = setting(
         "refuse",
         "when a run is resumed and the store has other scans than before: refuse, or rebase "
-        "(continue with the new ones)",
+        "(resume with the new scans)",
         choices=("refuse", "rebase"),
     )
     loader: loader.Config = field(default_factory=loader.Config)

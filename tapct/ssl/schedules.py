@@ -48,19 +48,21 @@ class OptimSchedule:
     )
     weight_decay: tuple[float, float] = setting(
         (0.04, 0.4),
-        "weight decay at the start and the end, with a cosine between them (DINOv2)",
+        "weight decay at the start and at the end of the run, with a cosine between the two "
+        "values (DINOv2)",
         ge=0.0,
     )
     momentum: tuple[float, float] = setting(
         (0.992, 1.0),
-        "EMA momentum of the teacher at the start and the end, with a cosine between them (DINOv2)",
+        "EMA momentum of the teacher at the start and at the end of the run, with a cosine "
+        "between the two values (DINOv2)",
         ge=0.0,
         le=1.0,
     )
     teacher_temp: tuple[float, float] = setting(
         (0.04, 0.07),
-        "teacher temperature at the start and after its warm-up, linear between them, then "
-        "constant (DINOv2)",
+        "teacher temperature at the start and after its warm-up; it changes linearly during the "
+        "warm-up and is constant afterwards (DINOv2)",
         ge=1e-3,
     )
     teacher_temp_warmup_share: float = setting(

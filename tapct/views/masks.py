@@ -72,7 +72,7 @@ class Config:
         ge=0,
         le=1,
     )
-    min_tokens: int = setting(4, "smallest block, in tokens", ge=1)
+    min_tokens: int = setting(4, "volume of the smallest block, in tokens", ge=1)
     aspect: tuple[float, float] = setting(
         (0.3, 1 / 0.3),
         "height / width and depth / height of a block in tokens, drawn log-uniformly between "

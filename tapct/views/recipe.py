@@ -56,10 +56,10 @@ class Config:
     )
     region_area: tuple[float, float] = setting(
         (1.0, 1.0),
-        "share of the scan's in-plane area in which all views of a scan lie, drawn uniformly "
-        "between the two values, at a place that is drawn too; [1, 1]: the whole slice. Small "
-        "views of a whole slice hardly overlap, and then the views of a scan have little in "
-        "common; our own choice, not TAP-CT's",
+        "all views of a scan lie in one region of the slice; this is the share of the scan's "
+        "in-plane area that the region has, drawn uniformly between the two values. The place of "
+        "the region is drawn too; [1, 1]: the whole slice. Small views of a whole slice hardly "
+        "overlap, so they have little in common; our own choice, not TAP-CT's",
         gt=0,
         le=1,
     )
@@ -84,8 +84,8 @@ class Config:
     )
     candidates: int = setting(
         4,
-        "number of positions that are tried until a crop has enough body; if none has, the "
-        "best one is used; our own choice, not TAP-CT's",
+        "maximum number of positions that are tried until a crop has enough body; if it has too "
+        "little body at all of them, the best position is used; our own choice, not TAP-CT's",
         ge=1,
         le=64,
     )

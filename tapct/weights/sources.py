@@ -3,7 +3,7 @@
 | SOURCE | file |
 |---|---|
 | run folder | teacher.safetensors of its newest whole checkpoint, else of its export |
-| checkpoint folder | teacher.safetensors |
+| checkpoint folder, or the folder of the best step in RUN/eval | teacher.safetensors |
 | folder of `tapct export` | model.safetensors |
 | folder in Hugging Face's layout | model.safetensors, its shards, or pytorch_model.bin |
 | OWNER/NAME, OWNER/NAME@REVISION | that folder in the local cache of huggingface_hub |

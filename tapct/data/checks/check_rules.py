@@ -29,7 +29,7 @@ class CheckRules:
     """
 
     min_air: float = setting(
-        5e-4, "smallest share of air and lung, where nothing declares the file as CT", ge=0, le=1
+        5e-4, "smallest share of air and lung, for files that nothing declares as CT", ge=0, le=1
     )
     min_tissue: float = setting(
         5e-3, "smallest share of soft tissue; a plastic test object has 0.055", ge=0, le=1
@@ -48,7 +48,9 @@ class CheckRules:
         "real scan has 0.06",
         ge=0,
     )
-    mark_fill: float = setting(0.01, "share of such a value from which a scan is marked", ge=0)
+    mark_fill: float = setting(
+        0.01, "a scan is marked values_filled if the share of such a value is larger", ge=0
+    )
     refuse_windows: str = setting(
         "narrow",
         "clipped scans to refuse: those clipped above air (narrow), all or none; the others are "
@@ -56,7 +58,9 @@ class CheckRules:
         choices=("narrow", "all", "none"),
     )
     max_flat: float = setting(
-        0.4, "largest share of equal neighbours in the body; real scans reach 0.13", gt=0
+        0.4,
+        "largest share of neighbouring voxels in the body that are equal; real scans reach 0.13",
+        gt=0,
     )
     max_noise: float = setting(
         0.7,
@@ -83,7 +87,7 @@ class CheckRules:
         3.5, "the same for files that are declared as CT, such as DICOM", ge=0
     )
     mark_tissue_peak: float = setting(
-        6.2, "density of this peak below which a scan is marked values_unusual", ge=0
+        6.2, "a scan is marked values_unusual if the density of this peak is smaller", ge=0
     )
     max_valley: float = setting(
         0.75,
@@ -93,31 +97,41 @@ class CheckRules:
     )
     max_narrow_air: float = setting(
         0.6,
-        "largest share of one 40 HU range among the values from -850 to -300 HU, where there is no "
-        "air below them; lung has at most 0.45",
+        "only for scans with almost no values below -850 HU (no air): largest share of "
+        "the values from -850 to -300 HU that may lie within one range of 40 HU; a narrower peak "
+        "is air at a wrong place; lung has at most 0.45",
         gt=0,
     )
     max_narrow_fat: float = setting(
         0.3,
-        "largest share of one 6 HU range from -115 to -80 HU among the values from -250 to -30 HU, "
-        "where there is no air; fat has at most 0.1",
+        "only for scans without air: largest share of the values from -250 to -30 HU that may lie "
+        "within one range of 6 HU between -115 and -80 HU; a narrower peak is air with a slope of "
+        "0.1; fat has at most 0.1",
         gt=0,
     )
     max_fat_shift: float = setting(
         1.6,
-        "largest density of a peak from -280 to -160 HU, relative to the range of fat, -140 to -60 "
-        "HU, where little lies between it and air; real scans reach 1.4",
+        "largest height of a peak from -280 to -160 HU, divided by the height of the peak of fat "
+        "(-140 to -60 HU); only for scans with few values between this peak and air; real scans "
+        "reach 1.4",
         gt=0,
     )
     max_fat_shift_coarse: float = setting(
-        0.5, "the same where all values are multiples of 2 HU or more", gt=0
+        0.5,
+        "the same for scans with coarse steps (all differences between values are multiples of a "
+        "number of 2 HU or more)",
+        gt=0,
     )
     max_step: int = setting(
-        8, "largest distance in HU of which all differences of values are multiples", ge=1
+        8,
+        "largest step between grey levels, in HU: the number of which all differences between "
+        "values are multiples",
+        ge=1,
     )
     max_turned: float = setting(
         1.2,
-        "largest share of values from 900 to 1100 HU, relative to the 200 HU on both sides; bone "
+        "largest number of values from 900 to 1100 HU, divided by the number of values from 700 "
+        "to 900 and from 1100 to 1300 HU; a peak at 1000 HU is air with the wrong sign; bone "
         "reaches 0.6",
         gt=0,
     )

@@ -45,7 +45,9 @@ class Config:
         ge=1,
     )
     workers: int = setting(
-        2, "threads per rank that read scans; 0: the training loop reads them itself", ge=0
+        2,
+        "number of threads per rank that read scans; 0: the training loop reads the scans itself",
+        ge=0,
     )
     prefetch: int = setting(
         2,
@@ -54,8 +56,9 @@ class Config:
     )
     crops_per_slab: int = setting(
         1,
-        "samples in a row that show the same slab, which is read once; each draws its own views. "
-        "More read less, but a batch then holds fewer different scans",
+        "number of consecutive samples that use the same slab; the slab is read once, and each "
+        "sample has its own views. A larger number reads less from the disk, but a batch then "
+        "holds fewer different scans",
         ge=1,
         le=1024,
     )

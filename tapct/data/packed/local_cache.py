@@ -44,8 +44,8 @@ class Config:
     )
     quota_gb: float = setting(
         100.0,
-        "size that the copies of all processes together may have, in GB; a scan that needs more "
-        "than half of it is read from the store",
+        "maximum size in GB of the copies of all processes together; a scan that needs more than "
+        "half of this size is read from the store",
         gt=0.0,
     )
 

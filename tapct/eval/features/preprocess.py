@@ -31,8 +31,8 @@ class Preprocess:
     )
     stride: tuple[int, int, int] = setting(
         (8, 112, 112),
-        "step of the window in voxels (z, y, x), a multiple of the patch (of a cell, see refine); "
-        "windows overlap where it is smaller than the window",
+        "distance in voxels (z, y, x) from one window to the next: a multiple of the patch, or of "
+        "a cell (see refine). Windows overlap if it is smaller than the window",
         ge=1,
     )
     border_weight: float = setting(
@@ -51,26 +51,29 @@ class Preprocess:
     )
     clip: str = setting(
         "before_resize",
-        "whether HU are clipped before the in-plane resize, as in training, or after it",
+        "before_resize clips the HU before the in-plane resize, as in training; after_resize "
+        "clips them after it",
         choices=("before_resize", "after_resize"),
     )
     pad: str = setting(
         "clipped",
-        "value behind the end of the scan: clipped (air at the lower end of the HU window, as in "
-        "training) or raw (-1024 HU, which is not clipped)",
+        "value of the slices that are added behind the last slice: clipped (the lower end of the "
+        "HU window, as in training) or raw (-1024 HU, which is not clipped)",
         choices=("clipped", "raw"),
     )
     refine: tuple[int, int, int] = setting(
         (1, 1, 1),
-        "cells of the feature grid per patch (z, y, x); with 2, the stride must be an odd multiple "
-        "of half a patch: the patches of one window then lie half a patch beside those of the next "
-        "window, and the features of a cell are the mean over all patches that cover it",
+        "cells of the feature grid per patch (z, y, x); with 2, the stride must be an odd "
+        "multiple of half a patch: the patches of one window are then shifted by half a patch "
+        "against those of the next window, and the features of a cell are the mean over all "
+        "patches that cover this cell",
         ge=1,
     )
     spacing_mm: tuple[float, float, float] = setting(
         (0.0, 0.0, 0.0),
-        "voxel spacing (z, y, x) in mm that the scan is resized to, so that the window has the "
-        "same size in mm in every scan; it replaces size_yx along y and x. 0: not by spacing",
+        "voxel spacing (z, y, x) in mm to which the scan is resized, so that the window has the "
+        "same size in mm in every scan; along y and x, it is used instead of size_yx. 0: the axis "
+        "is not resized by spacing",
         ge=0,
     )
 

@@ -59,8 +59,8 @@ class HeadSettings:
 
     C: tuple[float, ...] = setting(
         C_GRID,
-        "`logistic`, `ridge`: inverse strengths of the L2 penalty, as in scikit-learn; of ridge "
-        "regression, alpha = 1 / C",
+        "`logistic`, `ridge`: inverse strengths of the L2 penalty to choose from, as in "
+        "scikit-learn; in ridge regression, alpha is 1 / C",
         gt=0,
     )
     attention_lr: tuple[float, ...] = setting(
@@ -73,7 +73,10 @@ class HeadSettings:
         ge=1,
     )
     warmup_epochs: int = setting(
-        5, "heads trained by AdamW: epochs of warm-up, before a cosine; CVPR 2026 challenge", ge=0
+        5,
+        "heads trained by AdamW: number of epochs of warm-up; after them, the learning rate "
+        "follows a cosine; CVPR 2026 challenge",
+        ge=0,
     )
     batch_size: int = setting(
         128, "heads trained by AdamW: scans per step; CVPR 2026 challenge", ge=1
@@ -99,7 +102,8 @@ class ClassHeadSettings:
     )
     weight_decay: tuple[float, ...] = setting(
         (1e-5, 1e-4, 1e-3, 1e-2),
-        "`adamw_grid`: weight decays, each with each learning rate; CVPR 2026 challenge",
+        "`adamw_grid`: weight decays; each of them is combined with each learning rate; CVPR 2026 "
+        "challenge",
         ge=0,
     )
 

@@ -33,8 +33,9 @@ class DecoderConfig:
     )
     class_power: float = setting(
         0.5,
-        "exponent p of the class weights (n / n_c)^p in the cross-entropy, n_c patches of class c "
-        "among n; 0: every patch has the same weight, 1: every class has the same weight",
+        "exponent p of the class weights (n / n_c)^p in the cross-entropy, where n_c of the n "
+        "patches have class c; 0: every patch has the same weight, 1: every class has the same "
+        "weight",
         ge=0,
         le=1,
     )
@@ -55,7 +56,7 @@ class DecoderConfig:
     )
     lr: tuple[float, ...] = setting(
         (1e-3, 1e-2),
-        "learning rates of `bn_linear` and `mlp`; of several, the one with the best Dice on a "
+        "learning rates of `bn_linear` and `mlp` to choose from: the one with the best Dice on a "
         "quarter of the training patients is used",
         gt=0,
     )

@@ -20,7 +20,9 @@ class ProbeConfig(ScanConfig, HeadSettings):
     """What is predicted, from which vectors, by which heads."""
 
     folds: int = setting(
-        5, "folds of training patients for the choice, without an official split", ge=2
+        5,
+        "number of folds of training patients for the choice, if there is no official split",
+        ge=2,
     )
     max_windows: int = setting(
         64, "`abmil`, `efficient`: maximum number of windows of a scan, evenly spaced", ge=1

@@ -55,7 +55,7 @@ class ScanConfig:
     """What is predicted, and from which vectors."""
 
     targets: tuple[str, ...] = setting(
-        (), "targets of eval.scan_labels; empty: all that have a suitable type"
+        (), "names of targets of eval.scan_labels; empty: all targets of a suitable type"
     )
     vectors: tuple[str, ...] = setting(
         ("cls", "mean", "cls_mean", "mean_std_max"),
@@ -73,8 +73,8 @@ class ScanConfig:
     )
     all_predictions: bool = setting(
         False,
-        "whether results.json holds the predictions of all combinations that are chosen from, and "
-        "not of the chosen one alone",
+        "whether results.json holds the predictions of all combinations, and not only those of "
+        "the chosen one",
     )
 
 

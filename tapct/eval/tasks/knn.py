@@ -36,8 +36,9 @@ class Config(ScanConfig):
 
     k: tuple[int, ...] = setting(
         (10, 20, 100, 200),
-        "numbers of neighbours to choose from, and ranks of the precision of the retrieval; if a "
-        "number is above the number of training scans, all of them vote; arXiv:2304.07193",
+        "numbers of neighbours to choose from. The precision of the retrieval is also measured "
+        "among this number of most similar scans. If a number is larger than the number of "
+        "training scans, all training scans vote; arXiv:2304.07193",
         ge=1,
     )
     temperature: float = setting(

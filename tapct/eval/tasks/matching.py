@@ -67,25 +67,28 @@ class Config:
     )
     names: tuple[str, ...] = setting(
         (),
-        "names of the landmarks, or names or values of the labels; empty: all landmarks, or all "
-        "labels but those of the body and the table",
+        "names of landmarks (with points=landmarks), or names or values of labels (with "
+        "points=labels); empty: all landmarks, or all labels except those of the body and the "
+        "table",
     )
     pairs: str = setting(
         SAME_PATIENT,
         "`same_patient`: any two scans of a patient, in both directions; `across_patients`: scans "
-        "of different patients, for which `names` must list the points",
+        "of different patients; `names` must then list the points",
         choices=(SAME_PATIENT, ACROSS_PATIENTS),
     )
     max_pairs: int = setting(
         200, "maximum number of pairs among training scans and among test scans; 0: all", ge=0
     )
     radius_mm: float = setting(
-        10.0, "distance from the true point, in mm, up to which a place is a hit", gt=0
+        10.0,
+        "maximum distance in mm between a match and the true point for which the match is a hit",
+        gt=0,
     )
     top: int = setting(
         5,
-        "number of best matches per point among which one must be a hit, for the second hit rate; "
-        "the hit rate of the best match alone is always computed",
+        "for `hit_rate_of_points_top`: a point counts as a hit if one of this number of best "
+        "matches is a hit; the hit rate of the best match alone is always computed",
         ge=1,
     )
     blocks: str = setting(

@@ -39,8 +39,8 @@ class Config(ClassSettings):
     block: str = setting("last", "block whose features are compared", choices=BLOCKS)
     k: tuple[int, ...] = setting(
         (10, 20, 100, 200),
-        "numbers of neighbours; the one with the best balanced accuracy on training patches of "
-        "other patients is the headline's; arXiv:2304.07193",
+        "numbers of neighbours; the headline uses the one with the best balanced accuracy on "
+        "training patches of other patients; arXiv:2304.07193",
         ge=1,
     )
     temperature: float = setting(

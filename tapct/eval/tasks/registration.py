@@ -62,18 +62,21 @@ class Config:
 
     metric: str = setting(
         DICE,
-        "headline: `dice`: mean Dice of the labels of the moving scan on those of the fixed scan; "
-        "`landmarks`: mean error of the points of `eval.landmarks` in mm",
+        "headline of the task: `dice`: mean Dice between the moved labels of the moving scan and "
+        "the labels of the fixed scan; `landmarks`: mean error of the points of `eval.landmarks` "
+        "in mm",
         choices=(DICE, LANDMARKS),
     )
     organs: tuple[str, ...] = setting(
         (),
-        "label names or values that are compared; empty: all but those of the body and the table",
+        "names or values of the labels that are compared; empty: all labels except those of the "
+        "body and the table",
     )
     names: tuple[str, ...] = setting(
         (),
-        "landmarks that are compared; empty: all for scans of the same patient, none for scans of "
-        "different patients, whose points of one name need not be the same",
+        "names of the landmarks that are compared. Empty: all for pairs of scans of one patient, "
+        "and none for pairs of different patients, because points of one name need not be the "
+        "same point in two patients",
     )
     pairs: str = setting(
         AUTO,
@@ -100,19 +103,25 @@ class Config:
         ge=0,
     )
     inlier_mm: float = setting(
-        20.0, "residual of the affine map in mm above which a correspondence is ignored", gt=0
+        20.0,
+        "correspondences are ignored if their residual of the affine map is larger than this, "
+        "in mm",
+        gt=0,
     )
     transform: str = setting(
         BEST,
-        "`affine`; `field`: affine map and smooth field; `best`: the better one on the training "
-        "pairs",
+        "`affine`: affine map; `field`: affine map and smooth field; `best`: the one of the two "
+        "that is better on the training pairs",
         choices=(BEST, AFFINE, FIELD),
     )
     smooth_mm: float = setting(
         40.0, "standard deviation in mm of the Gaussian kernel that smooths the field", gt=0
     )
     label_mm: float = setting(
-        2.0, "voxel spacing in mm at which label maps are compared; finer ones are subsampled", gt=0
+        2.0,
+        "voxel spacing in mm at which label maps are compared; label maps with a smaller "
+        "spacing are subsampled",
+        gt=0,
     )
     blocks: str = setting(
         "last4",

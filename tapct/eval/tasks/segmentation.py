@@ -68,7 +68,7 @@ class Config(ClassSettings, DecoderConfig):
     )
     blocks: str = setting(
         "last",
-        "`last`: features of the last block; `last4`: those of the last four blocks, one after "
+        "`last`: features of the last block; `last4`: features of the last four blocks, one after "
         "the other",
         choices=BLOCKS,
     )
@@ -90,19 +90,20 @@ class Config(ClassSettings, DecoderConfig):
     )
     draws: int = setting(
         5,
-        "draws of patients for each number in `fractions`; they are fixed by `eval.seed`, and the "
-        "patients of a smaller number are among those of a larger one",
+        "number of draws of patients for each number in `fractions`; the draws depend only on "
+        "`eval.seed`, and in each draw, the patients of a smaller number are among those of a "
+        "larger number",
         ge=1,
     )
     surface: bool = setting(
         False,
-        "whether NSD and HD95 of each organ and scan are computed beside Dice; they take some "
-        "seconds per organ on a large scan and need the extra `eval`",
+        "whether NSD and HD95 of each organ and scan are computed too; this takes some seconds "
+        "per organ of a large scan and needs the extra `eval`",
     )
     tolerances: tuple[str, ...] = setting(
         (),
-        "tolerances of NSD in mm in place of the defaults, by the name of the organ in the label "
-        "maps, e.g. [liver=2,Parotid_L=2.85]",
+        "tolerances of NSD in mm that replace the defaults, each after the name of the organ in "
+        "the label maps, e.g. [liver=2,Parotid_L=2.85]",
     )
     predictions: bool = setting(
         False,
@@ -111,9 +112,9 @@ class Config(ClassSettings, DecoderConfig):
     )
     prediction_format: str = setting(
         NIFTI,
-        "format of these files: `nifti`; or `dicom_seg`, a DICOM SEG that refers to the original "
-        "series, for scans that are DICOM, and NIfTI for other scans. `dicom_seg` needs the extra "
-        "`dicom`; the files contain the patient data of the series",
+        "format of the predicted label maps: `nifti`, or `dicom_seg`. With `dicom_seg`, DICOM "
+        "scans get a DICOM SEG that refers to the original series, and other scans get NIfTI. "
+        "`dicom_seg` needs the extra `dicom`, and its files contain the patient data of the series",
         choices=(NIFTI, DICOM_SEG),
     )
 

@@ -66,8 +66,8 @@ class TAPCTConfig(PretrainedConfig):
         layer_norm_eps: epsilon of the layer norms of tokens.
         positions: "learned" (added to the tokens), "rope" (rotary, in attention) or "both".
         position_resize: interpolation of learned positions, "cubic" or "linear".
-        position_offset: number that is added to the patches along an axis when learned positions
-            are interpolated.
+        position_offset: offset that is added to the number of patches along an axis when learned
+            positions are interpolated.
         rope_coordinates: unit of rotary positions: "normalised" (-1 to 1 along each axis of the
             input), "voxel", or "mm" (then the model needs `spacing_mm`).
         rope_axes: axes that rotary positions work on, 0 depth, 1 height, 2 width.
