@@ -3,18 +3,22 @@ second index of an archive in which nothing changed, and an index that is killed
 
     python scripts/bench_index.py --json bench_index.json
     python scripts/bench_index.py --files 200000 --kills 0
+    python scripts/bench_index.py --nifti --files 100000 --kills 0      # 100,000 scans
     python scripts/bench_index.py --archive /data/ct --workers 1,8 --kills 0     # your scans
 
-The archive is made of tiny DICOM files: time per file is measured, not the decoding of voxels. All
-files are in the page cache. Memory is that of the largest process of the command. Next to the
-commands, pydicom reads header and pixels of some of the files in one process, and does nothing
-else; `of pydicom` is the rate of the command over that rate.
+The archive is made of tiny DICOM files, or of tiny NIfTI files, each of which is a scan: time per
+file is measured, not the decoding of voxels. All files are in the page cache. Memory is that of the
+process of the command, and that of the largest of its processes. Next to the commands, pydicom
+reads header and pixels of some of the DICOM files in one process, and does nothing else; `of
+pydicom` is the rate of the command over that rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -33,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import arguments
+import nibabel
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -56,11 +61,13 @@ class Measured:
 
     Args:
         seconds: wall time.
+        own_mb: largest memory of its own process, in MB.
         memory_mb: largest memory of its processes, in MB.
         first_line_s: seconds until it printed its first line.
     """
 
     seconds: float
+    own_mb: float
     memory_mb: float
     first_line_s: float
 
@@ -113,6 +120,22 @@ def make_archive(folder: Path, num_files: int, slices: int, size: int) -> int:
     return num_bytes
 
 
+def make_nifti(folder: Path, num_files: int, size: int) -> int:
+    """Write scans of CT of one NIfTI file each, 1000 in a folder; the bytes of all files."""
+    image = nibabel.Nifti1Image(np.zeros((size,) * 3, np.int16), np.diag([10.0, 10.0, 2.0, 1.0]))
+    head = image.to_bytes()[: -2 * size**3]
+    rng = np.random.default_rng(0)
+    body_XYZ = np.full((size,) * 3, -1000.0)
+    body_XYZ[2:-2, 2:-2] = 40
+    num_bytes = 0
+    for scan in range(num_files):
+        home = folder / f"{scan // 1000:04d}"
+        home.mkdir(parents=True, exist_ok=True)
+        hu_XYZ = np.rint(body_XYZ + rng.normal(0, 12, body_XYZ.shape)).astype("<i2")
+        num_bytes += (home / f"p{scan:07d}.nii").write_bytes(head + hu_XYZ.tobytes(order="F"))
+    return num_bytes
+
+
 def command(words: Sequence[object]) -> list[str]:
     """A command line of tapct."""
     return [sys.executable, "-m", "tapct", *map(str, words)]
@@ -123,18 +146,19 @@ def measure(words: Sequence[object]) -> Measured:
     began = time.perf_counter()
     process = subprocess.Popen(command(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    first, largest = 0.0, 0
+    first, own, largest = 0.0, 0, 0
     os.set_blocking(process.stdout.fileno(), False)
     printed = b""
     while process.poll() is None:
         printed += process.stdout.read() or b""
         first = first or (time.perf_counter() - began if printed else 0.0)
+        own = max(own, memory_of(process.pid))
         largest = max([largest, *map(memory_of, family_of(process.pid))])
         time.sleep(0.02 if not first else 0.2)
     printed += process.stdout.read() or b""
     if process.returncode:
         raise exits.UserError(f"tapct {' '.join(map(str, words))}: {printed.decode()[-500:]}")
-    return Measured(time.perf_counter() - began, largest / MB, first)
+    return Measured(time.perf_counter() - began, own / MB, largest / MB, first)
 
 
 def family_of(pid: int) -> list[int]:
@@ -151,12 +175,12 @@ def family_of(pid: int) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of memory of a process."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory of a process, at its peak so far."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def rows_of(file: Path) -> list[str]:
@@ -223,18 +247,19 @@ def pydicom_rate(archive: Path) -> float:
 
 
 def bench(
-    archive: Path, num_files: int, num_bytes: int, workers: int, folder: Path
+    archive: Path, num_files: int, num_bytes: int, workers: int, folder: Path, *, with_pack: bool
 ) -> list[dict[str, Any]]:
     """Index, index again and pack one archive."""
     plain = pydicom_rate(archive)
     out, store = folder / f"archive{workers}", folder / f"store{workers}"
     more = ["--workers", workers]
-    rows = []
-    for name, words in (
+    commands = [
         ("index", ["index", archive, "--out", out, *more]),
         ("index again", ["index", archive, "--out", out, *more]),
         ("pack", ["pack", out, "--out", store, *more]),
-    ):
+    ]
+    rows = []
+    for name, words in commands if with_pack else commands[:2]:
         found = measure(words)
         rows.append(
             {
@@ -245,6 +270,7 @@ def bench(
                 "files/s": round(num_files / found.seconds),
                 "of pydicom": round(num_files / found.seconds / plain, 2),
                 "MB/s": round(num_bytes / MB / found.seconds, 2),
+                "own process MB": round(found.own_mb),
                 "largest process MB": round(found.memory_mb),
                 "first line s": round(found.first_line_s, 2),
             }
@@ -290,6 +316,10 @@ def main() -> None:
         help="measure archives of 1/N of the files too, for the memory; empty for none; default "
         "4,2",
     )
+    parser.add_argument(
+        "--nifti", action="store_true", help="scans of one NIfTI file each in place of DICOM series"
+    )
+    parser.add_argument("--no-pack", action="store_true", help="do not measure tapct pack")
     parser.add_argument("--archive", type=Path, help="folder of scans instead of made ones")
     parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     given = parser.parse_args()
@@ -301,26 +331,34 @@ def main() -> None:
     if given.archive is not None and not given.archive.is_dir():
         parser.error(f"--archive {given.archive} is no folder")
     counts = given.workers
+    measured = functools.partial(bench, with_pack=not given.no_pack)
+
+    def make(place: Path, num_files: int) -> int:
+        if given.nifti:
+            return make_nifti(place, num_files, given.size)
+        return make_archive(place, num_files, given.slices, given.size)
+
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench_index") as place:
         folder = Path(place)
         for share in [] if given.archive else given.flat:
             small = folder / f"scans{share}"
-            num_bytes = make_archive(small, given.files // share, given.slices, given.size)
-            made = given.files // share // given.slices * given.slices
+            num_bytes = make(small, given.files // share)
+            made = sum(path.is_file() for path in small.rglob("*"))
             (folder / str(share)).mkdir()
-            rows += bench(small, made, num_bytes, counts[-1], folder / str(share))
+            rows += measured(small, made, num_bytes, counts[-1], folder / str(share))
         archive = given.archive or folder / "scans"
         if given.archive is None:
-            make_archive(archive, given.files, given.slices, given.size)
+            make(archive, given.files)
         sizes = [path.stat().st_size for path in archive.rglob("*") if path.is_file()]
         for workers in counts:
-            rows += bench(archive, len(sizes), sum(sizes), workers, folder)
+            rows += measured(archive, len(sizes), sum(sizes), workers, folder)
         killed: dict[str, Any] = {}
         if given.kills:
             whole = folder / f"archive{counts[-1]}"
+            num = 2 if given.no_pack else 3  # commands of the last measurement
             killed = resumed_is_equal(
-                archive, whole, folder / "killed", given.kills, rows[-3]["seconds"]
+                archive, whole, folder / "killed", given.kills, rows[len(rows) - num]["seconds"]
             )
     print()
     print(table_of(rows))

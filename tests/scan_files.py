@@ -10,7 +10,8 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian
 
 from tapct.data.scans.ingest import read_volume
@@ -171,3 +172,72 @@ def save_labels(path: Path, depth: int = 6, spacing: tuple[float, ...] = (0.8, 0
     labels = np.zeros((depth, 24, 26), dtype=np.uint16)
     labels[1:4, 2:9, 2:9], labels[2:5, 9:11, 3:12] = 1, 300
     return save_scan(path, labels, spacing)
+
+
+def write_enhanced(
+    path: Path,
+    hu_ZYX: np.ndarray,
+    edit: Callable[[Dataset], None] = lambda dataset: None,
+    *,
+    first_mm: float = 100.0,
+    shared_rescale: bool = False,
+) -> Path:
+    """A multi-frame file, its frames in a mixed order, each with its own intercept."""
+    order = np.random.default_rng(5).permutation(len(hu_ZYX))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset = make_slice(
+        hu_ZYX[0],
+        0.0,
+        SOPClassUID=CT_STORAGE + ".1",
+        NumberOfFrames=len(hu_ZYX),
+        **dict.fromkeys(
+            ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
+        ),
+        RescaleSlope=None,
+        RescaleIntercept=None,
+    )
+    dataset.file_meta.MediaStorageSOPClassUID = CT_STORAGE + ".1"
+    frames, stored = [], []
+    for place in order:
+        intercept = -1024 if shared_rescale else -1024 - int(place)
+        frames.append(
+            item(
+                PlanePositionSequence={"ImagePositionPatient": [-10, -20, first_mm + 2.0 * place]},
+                FrameContentSequence={"InStackPositionNumber": int(place) + 1},
+                **(
+                    {}
+                    if shared_rescale
+                    else {"PixelValueTransformationSequence": rescale_by(intercept)}
+                ),
+            )
+        )
+        stored.append(hu_ZYX[place] - intercept)
+    shared = item(
+        PlaneOrientationSequence={"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]},
+        PixelMeasuresSequence={"PixelSpacing": [0.7, 0.8], "SliceThickness": 5.0},
+        CTReconstructionSequence={"ConvolutionKernel": "B30f"},
+        **({"PixelValueTransformationSequence": rescale_by(-1024)} if shared_rescale else {}),
+    )
+    dataset.SharedFunctionalGroupsSequence = Sequence([shared])
+    dataset.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    dataset.PixelData = np.stack(stored).astype(np.uint16).tobytes()
+    del dataset.ConvolutionKernel
+    edit(dataset)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def rescale_by(intercept: int) -> dict[str, object]:
+    """What a sequence of PixelValueTransformation holds."""
+    return {"RescaleSlope": 1, "RescaleIntercept": intercept, "RescaleType": "HU"}
+
+
+def item(**sequences: dict[str, object]) -> Dataset:
+    """A data set of sequences with one item each."""
+    dataset = Dataset()
+    for name, content in sequences.items():
+        inner = Dataset()
+        for key, value in content.items():
+            setattr(inner, key, value)
+        setattr(dataset, name, Sequence([inner]))
+    return dataset

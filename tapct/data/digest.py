@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,27 @@ def table_digest(columns: Iterable[Sequence[Any]], facts: Mapping[str, Any]) -> 
     return digest.hexdigest()
 
 
-def arrow_digest(columns: Iterable[pa.Array | pa.ChunkedArray], facts: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class StoredColumn:
+    """A column in Arrow that stays on disk.
+
+    Args:
+        type: type of its values.
+        num_rows: number of its values.
+        read: function that returns its values in their order, some at a time; it is called twice.
+    """
+
+    type: pa.DataType
+    num_rows: int
+    read: Callable[[], Iterable[pa.Array | pa.ChunkedArray]]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+
+def arrow_digest(
+    columns: Iterable[pa.Array | pa.ChunkedArray | StoredColumn], facts: Mapping[str, Any]
+) -> str:
     """`table_digest` of columns in Arrow, without a Python object per value.
 
     Args:
@@ -83,32 +104,56 @@ def arrow_digest(columns: Iterable[pa.Array | pa.ChunkedArray], facts: Mapping[s
     """
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for column in columns:
-        if column.null_count:
-            raise ValueError("a column has missing values")
-        contents = [_content(piece) for piece in _pieces(column)]
         between = b"" if _is_number(column.type) else b"\0"
-        num_bytes = sum(map(len, contents)) + len(between) * max(0, len(contents) - 1)
+        sizes = [_num_bytes(piece) for piece in _pieces(column)]
+        num_bytes = sum(sizes) + len(between) * max(0, len(sizes) - 1)
         digest.update(f"{len(column)} {num_bytes} ".encode())
-        for number, content in enumerate(contents):
+        for number, piece in enumerate(_pieces(column)):
             if number:
                 digest.update(between)
-            digest.update(content)
+            digest.update(_content(piece))
     return digest.hexdigest()
 
 
-def _pieces(column: pa.Array | pa.ChunkedArray) -> Iterator[pa.Array]:
+def _pieces(column: pa.Array | pa.ChunkedArray | StoredColumn) -> Iterator[pa.Array]:
     """A column in parts of limited length, none of which is empty."""
+    if isinstance(column, StoredColumn):
+        for part in column.read():
+            yield from _pieces(part)
+        return
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
         for start in range(0, len(chunk), _ROWS_AT_ONCE):
-            yield chunk.slice(start, _ROWS_AT_ONCE)
+            piece = chunk.slice(start, _ROWS_AT_ONCE)
+            if piece.null_count:
+                raise ValueError("a column has missing values")
+            yield piece
 
 
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
+def _num_bytes(column: pa.Array) -> int:
+    """The length of `_content`."""
+    if _is_number(column.type):
+        return 8 * len(column)
+    lengths = pc.binary_length(_texts(column))
+    return int(pc.sum(lengths).as_py() or 0) + max(0, len(column) - 1)
+
+
 def _content(column: pa.Array) -> memoryview | bytes:
     """The bytes of a part of a column that `table_digest` hashes."""
+    if _is_number(column.type):
+        numbers = column.to_numpy(zero_copy_only=False)
+        return np.ascontiguousarray(numbers, np.float64).data.cast("B")
+    texts = _texts(column)
+    all_rows = pa.LargeListArray.from_arrays(pa.array([0, len(texts)], pa.int64()), texts)
+    joined = pc.binary_join(all_rows, pa.scalar("\0", pa.large_string()))
+    return memoryview(joined[0].as_buffer())
+
+
+def _texts(column: pa.Array) -> pa.Array:
+    """A part of a column that is no number, as one text per row."""
     if pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type):
         # with the marks between the texts it may need more than 2 GiB
         large = column.cast(pa.large_list(pa.large_string()))
@@ -119,12 +164,6 @@ def _content(column: pa.Array) -> memoryview | bytes:
         column = pa.array(["\1".join(map(str, one)) for one in lists], pa.large_string())
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        text = column.cast(pa.large_string())
-        all_rows = pa.LargeListArray.from_arrays(pa.array([0, len(text)], pa.int64()), text)
-        joined = pc.binary_join(all_rows, pa.scalar("\0", pa.large_string()))
-        return memoryview(joined[0].as_buffer())
-    if not _is_number(column.type):
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise ValueError(f"a column holds {column.type}")
-    numbers = column.to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(numbers, np.float64).data.cast("B")
+    return column.cast(pa.large_string())

@@ -14,8 +14,7 @@ import functools
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import pyarrow.parquet
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
 from tapct.base.paths import near_path
-from tapct.data.digest import arrow_digest
+from tapct.data.digest import StoredColumn, arrow_digest
 from tapct.data.labels.report import LabelReport
 from tapct.data.lazy_rows import LazyRows
 from tapct.data.patients.memory import PatientChanges, PatientMemory
@@ -37,8 +36,9 @@ SCHEMA = "2"
 ACCEPTED, REFUSED = "accepted", "refused"
 ARCHIVE_FILE = "manifest.parquet"  # in the folder of an archive, see `index.place`
 UNKNOWN = float("nan")  # a number that no file gives
+_BUFFER_BYTES = 1 << 18  # of a column that is read from a file
 _ROWS_AT_ONCE = 4096  # rows that are decoded at once where all are wanted
-_MOST_ROWS_OF_GROUP, _GROUP_BYTES = 1 << 20, 1 << 28  # of a file, see `_rows_of_group`
+_MOST_ROWS_OF_GROUP, _GROUP_BYTES = 1 << 16, 1 << 25  # of a file, see `_groups_of_rows`
 _ARROW = {
     "str": pyarrow.string(),
     "int": pyarrow.int64(),
@@ -183,12 +183,81 @@ class RowTable(LazyRows[Row]):
         return next(_objects(self.table.slice(i, 1)))
 
     def __iter__(self) -> Iterator[Row]:
+        for table in self.tables():
+            yield from _objects(table)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
+        """Some rows at a time.
+
+        Args:
+            columns: names of the columns; None for all.
+        """
+        table = self.table if columns is None else self.table.select(list(columns))
         for start in range(0, len(self), _ROWS_AT_ONCE):
-            yield from _objects(self.table.slice(start, _ROWS_AT_ONCE))
+            yield table.slice(start, _ROWS_AT_ONCE)
+
+    def columns(self, names: Sequence[str]) -> pyarrow.Table:
+        """Some columns of all rows."""
+        return self.table.select(list(names))
+
+    def each_column(self) -> Iterator[Any]:
+        """The columns, one after the other, for their digest."""
+        yield from self.table.itercolumns()
 
     def where(self, chosen: pyarrow.Array) -> RowTable:
         """The rows at which a mask is true."""
         return RowTable(self.table.filter(chosen))
+
+
+class RowFile(RowTable):
+    """Rows of a manifest that stay in their file, also where it is replaced by another one.
+
+    `tables` and `columns` read what they return; all else reads the whole table, which then stays
+    in memory.
+
+    Args:
+        file: path of the .parquet file.
+    Raises:
+        OSError, pyarrow.ArrowException, UnicodeDecodeError: it cannot be read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+
+    @functools.cached_property
+    def table(self) -> pyarrow.Table:
+        """All columns."""
+        return self.columns([one.name for one in dataclasses.fields(Row)])
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """The columns of the file, with its metadata."""
+        return self._file.schema_arrow
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
+        """Some rows at a time; arguments as in `RowTable.tables`."""
+        names = [one.name for one in dataclasses.fields(Row)] if columns is None else list(columns)
+        stored = [name for name in names if name in self.schema.names]
+        # without a column, iter_batches does not know how many rows there are
+        for batch in self._file.iter_batches(_ROWS_AT_ONCE, columns=stored or ["id"]):
+            table = pyarrow.Table.from_batches([batch]).replace_schema_metadata(None)
+            yield _with_later_columns(table).select(names)
+
+    def columns(self, names: Sequence[str]) -> pyarrow.Table:
+        """Some columns of all rows."""
+        return pyarrow.concat_tables([_schema().empty_table().select(names), *self.tables(names)])
+
+    def each_column(self) -> Iterator[StoredColumn]:
+        """The columns of the file, one after the other."""
+        for one in self.schema:
+            yield StoredColumn(one.type, len(self), functools.partial(self._column, one.name))
+
+    def _column(self, name: str) -> Iterator[pyarrow.Array]:
+        for batch in self._file.iter_batches(_ROWS_AT_ONCE, columns=[name]):
+            yield batch.column(0)
 
 
 class TextColumn(LazyRows[str]):
@@ -260,41 +329,49 @@ class Manifest:
 
     def table(self) -> pyarrow.Table:
         """All rows as columns."""
-        if isinstance(self.rows, RowTable):
-            return self.rows.table
-        return rows_as_table(self.rows)
+        return self.row_table().table
+
+    def row_table(self) -> RowTable:
+        """All rows, some columns of which can be read without the others."""
+        return self.rows if isinstance(self.rows, RowTable) else RowTable(rows_as_table(self.rows))
 
     @functools.cached_property
     def digest(self) -> str:
         """Hash over ids and voxels of the accepted rows; it does not change when the archive
         moves.
         """
-        if isinstance(self.accepted, RowTable):
-            ids, digests = (self.accepted.table.column(name) for name in ("id", "digest"))
-            joined = pc.binary_join_element_wise(ids, digests, " ")
-            lines: Sequence[str] = TextColumn(joined.take(pc.sort_indices(joined)))
-        else:
-            lines = sorted(f"{row.id} {row.digest}" for row in self.accepted)
+        lines = [pyarrow.array([], pyarrow.string())]
+        for table in self.row_table().tables(("id", "digest", "status")):
+            table = table.filter(pc.equal(table.column("status"), ACCEPTED))
+            columns = (table.column(name) for name in ("id", "digest"))
+            lines += pc.binary_join_element_wise(*columns, " ").chunks
+        column = pyarrow.chunked_array(lines)
+        order = pc.sort_indices(column)
         digest = hashlib.blake2b(digest_size=16)
-        for line in lines:
-            digest.update(f"{line}\n".encode())
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            for line in column.take(order.slice(start, _ROWS_AT_ONCE)).to_pylist():
+                digest.update(f"{line}\n".encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, int]:
         """Number of rows by reason, `accepted` first, then the commonest reason."""
-        if isinstance(self.rows, RowTable):
-            table = self.rows.table
-            refused = table.filter(pc.equal(table.column("status"), REFUSED))
-            counted = pc.value_counts(refused.column("reason")).to_pylist()
-            reasons = Counter({one["values"]: one["counts"] for one in counted})
-        else:
-            reasons = Counter(row.reason for row in self.rows if row.status == REFUSED)
+        table = self.row_table().columns(("status", "reason"))
+        is_refused = pc.equal(table.column("status"), REFUSED)
+        counted = pc.value_counts(table.filter(is_refused).column("reason")).to_pylist()
+        reasons = {one["values"]: one["counts"] for one in counted}
+        num_accepted = pc.sum(pc.equal(table.column("status"), ACCEPTED)).as_py() or 0
         by_count = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-        return {ACCEPTED: len(self.accepted), **dict(by_count)}
+        return {ACCEPTED: num_accepted, **dict(by_count)}
 
     @classmethod
     def read(cls, path: Path | str, root: Path | None = None) -> Manifest:
-        """Read a manifest.
+        """Read a manifest; arguments and errors as in `open`."""
+        manifest = cls.open(path, root)
+        return dataclasses.replace(manifest, rows=RowTable(manifest.row_table().table))
+
+    @classmethod
+    def open(cls, path: Path | str, root: Path | None = None) -> Manifest:
+        """A manifest whose rows stay on disk, see `RowFile`; its content is checked.
 
         Args:
             path: path of the .parquet file, or of the folder of an archive.
@@ -307,9 +384,8 @@ class Manifest:
         path = files.expand_path(path)
         if (path / ARCHIVE_FILE).is_file():
             path = path / ARCHIVE_FILE
-        table = _read_parquet(path)
-        metadata = _checked(path, table)
-        rows = RowTable(_with_later_columns(table.replace_schema_metadata(None)))
+        rows = _opened(path)
+        metadata = _checked(path, rows)
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
         manifest = cls(
@@ -335,34 +411,38 @@ def root_of(path: Path) -> Path | None:
     return (path.parent.resolve() / relative).resolve()
 
 
-def _read_parquet(path: Path) -> pyarrow.Table:
-    """The table of a file that should be a manifest."""
+def _opened(path: Path) -> RowFile:
+    """The rows of a file that should be a manifest."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else f"does not exist{near_path(path)}"
         raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
     try:
-        return pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable Parquet file: {single_line(error, MAX_TEXT)}; make it "
-            "again with `tapct index`"
-        ) from error
+        return RowFile(path)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
 
 
-def _checked(path: Path, table: pyarrow.Table) -> dict[str, str]:
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is not a readable Parquet file: {single_line(error, MAX_TEXT)}; make it again "
+        "with `tapct index`"
+    )
+
+
+def _checked(path: Path, rows: RowFile) -> dict[str, str]:
     """Metadata of a manifest of the present version, whose content is as `tapct index` wrote it.
 
     Raises:
-        UserError: the table is no manifest of this version, or its digest shows a change.
+        UserError: the file is no manifest of this version, or its digest shows a change.
     """
     damaged = UserError(
         f"{path} is damaged, or was changed after `tapct index` wrote it; make it again with "
         "`tapct index`"
     )
-    stored = table.schema.metadata or {}
+    stored = rows.schema.metadata or {}
     try:
         metadata = {key.decode(): value.decode() for key, value in stored.items()}
-        found = table.column_names
+        found = rows.schema.names
     except UnicodeDecodeError as error:
         raise damaged from error
     names = [field.name for field in dataclasses.fields(Row)]
@@ -380,9 +460,11 @@ def _checked(path: Path, table: pyarrow.Table) -> dict[str, str]:
     }
     try:
         # damage may change the type of a column, which the digest of numbers would not show
-        is_whole = table.schema.types == list(_schema().types)[:num] and written == arrow_digest(
-            table.itercolumns(), facts
+        is_whole = rows.schema.types == list(_schema().types)[:num] and written == arrow_digest(
+            rows.each_column(), facts
         )
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except (TypeError, ValueError, pyarrow.ArrowException):
         is_whole = False
     if not is_whole:
@@ -391,10 +473,12 @@ def _checked(path: Path, table: pyarrow.Table) -> dict[str, str]:
 
 
 def _with_later_columns(table: pyarrow.Table) -> pyarrow.Table:
-    """A table of an earlier version, with the defaults of columns that it does not have."""
+    """A table of an earlier version, with the defaults of the later columns where it lacks them."""
     schema = _schema()
-    for number in range(table.num_columns, len(schema)):
+    for number in range(_FIRST_COLUMNS, len(schema)):
         field, default = schema.field(number), dataclasses.fields(Row)[number].default
+        if field.name in table.column_names:
+            continue
         column = pyarrow.repeat(pyarrow.scalar(default, type=field.type), table.num_rows)
         table = table.append_column(field, column)
     return table
@@ -505,11 +589,40 @@ def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
     return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
 
 
-def _rows_of_group(table: pyarrow.Table) -> int:
-    """Rows of a group of rows in a file. pyarrow cannot read a group whose lists of text need more
-    than 2 GiB, and the paths of the files of 100,000 DICOM series may.
+def _groups_of_rows(tables: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:
+    """The rows of each group of rows in a file. pyarrow cannot read a group whose lists of text
+    need more than 2 GiB, and the paths of the files of 100,000 DICOM series may.
     """
-    return max(1, min(_MOST_ROWS_OF_GROUP, _GROUP_BYTES * len(table) // max(1, table.nbytes)))
+    waiting: list[pyarrow.Table] = []
+    num_rows = num_bytes = 0
+    for table in tables:
+        step = max(1, _GROUP_BYTES * len(table) // max(1, table.nbytes))
+        for start in range(0, len(table), step):
+            part = table.slice(start, step)
+            is_full = num_rows + len(part) > _MOST_ROWS_OF_GROUP
+            if waiting and (is_full or num_bytes + part.nbytes > _GROUP_BYTES):
+                yield pyarrow.concat_tables(waiting)
+                waiting, num_rows, num_bytes = [], 0, 0
+            waiting.append(part)
+            num_rows, num_bytes = num_rows + len(part), num_bytes + part.nbytes
+    if waiting:
+        yield pyarrow.concat_tables(waiting)
+
+
+def write_rows(
+    tables: Iterable[pyarrow.Table], file: Any, schema: pyarrow.Schema | None = None
+) -> None:
+    """Write rows as Parquet, without what makes the file a manifest; it can be read as `RowFile`.
+
+    Args:
+        tables: rows, some at a time.
+        file: file to write, or its path.
+        schema: columns with the metadata of the file.
+    """
+    schema = schema or _schema()
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for table in _groups_of_rows(tables):
+            writer.write_table(table.cast(schema))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:
@@ -521,7 +634,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
     Raises:
         UserError: the disk is full or the folder is not writable; an old manifest is unchanged.
     """
-    table = manifest.table()
+    rows = manifest.row_table()
     metadata = {
         "tapct.schema": SCHEMA,
         # no absolute path: it may hold the name of a user or of a patient
@@ -537,12 +650,12 @@ def write_table(manifest: Manifest, out: Path) -> None:
     memory = manifest.memory.to_json()
     if memory:
         metadata["tapct.patient_memory"] = memory
-    metadata["tapct.rows"] = arrow_digest(table.itercolumns(), metadata)
-    table = table.cast(_schema(metadata))
+    metadata["tapct.rows"] = arrow_digest(rows.each_column(), metadata)
+    schema = _schema(metadata)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(out, mode=files.PRIVATE) as file:
-            pyarrow.parquet.write_table(table, file, row_group_size=_rows_of_group(table))
+            write_rows(rows.tables(), file, schema)
     except OSError as error:
         raise UserError(
             f"cannot write manifest {out}: {files.first_cause(error)}; nothing was changed"

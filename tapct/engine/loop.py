@@ -44,7 +44,7 @@ class Config:
 
     steps: int = setting(125_000, "optimizer steps; 100 'epochs' of 1250 (TAP-CT configs)", ge=1)
     global_batch: int = setting(
-        1024, "samples per optimizer step over all ranks and micro-batches", ge=1
+        1024, "number of samples per optimizer step, in all ranks and micro-batches together", ge=1
     )
     accumulation: int = setting(
         1,

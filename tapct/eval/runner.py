@@ -144,7 +144,7 @@ class Config:
         "number of test scans of which pictures are made, for each task and of the patch features",
         ge=0,
     )
-    batch: int = setting(8, "windows per forward call", ge=1)
+    batch: int = setting(8, "number of windows in one forward pass", ge=1)
     scan_labels: str = setting(
         "",
         "CSV file with values for scans as a whole: a column `path`, `case_id` or `id`, and one "

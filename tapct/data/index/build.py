@@ -9,22 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import first_cause
 from tapct.base.lease import Lease, hold
-from tapct.data.index.duplicates import refuse_duplicates
-from tapct.data.index.examined import Examined, with_patients
+from tapct.data.index.archive_rows import manifest_of
 from tapct.data.index.examining import Examination
 from tapct.data.index.finding import Machine, NoScans, ScansFound, find
 from tapct.data.index.inputs import IndexInputs, inputs_of
-from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
-from tapct.data.index.label_counts import label_report
+from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older
 from tapct.data.index.place import IndexPlace, open_journal, rooted
 from tapct.data.index.scan_row import ExamineTask, ScanRules
 from tapct.data.index.share import Share
-from tapct.data.index.vanished import with_vanished
-from tapct.data.manifest import Manifest, write_table
+from tapct.data.manifest import ACCEPTED, Manifest, RowFile, write_table
 from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
 from tapct.data.patients.key import KEY_FILE, key_name, patient_key
 from tapct.data.patients.table import patients_from_table
@@ -117,22 +116,25 @@ def build_manifest(
             label_names=tuple(label_names),
         )
         journal = open_journal(place, key)
-        found = find(inputs, labels, rules, journal, Machine(workers, limits, listed), only)
-        column = _patient_column(patient_column, found)
-        patients = PatientRules(inputs.root, key, patient_regex, folder, trusts_header, column)
-        older = read_older(place.file, keep, key_name(key))
-        examination = Examination(found.tasks(rules), journal, workers, limits, progress)
-        manifest, given = _whole(found, examination.rows(), rules, patients, place)
-        manifest = with_kept_patients(manifest, given, older, keep)
-        if place.is_archive and not keep.fresh:
-            manifest = with_vanished(manifest, older.manifest)
-        lease.check()
-        write_table(manifest, place.file)
+        with journal.scratch() as scratch:
+            machine = Machine(workers, limits, listed)
+            found = find(inputs, labels, rules, journal, machine, scratch, only)
+            column = _patient_column(patient_column, found)
+            patients = PatientRules(inputs.root, key, patient_regex, folder, trusts_header, column)
+            older = read_older(place.file, keep, key_name(key))
+            examination = Examination(found, rules, journal, scratch, workers, limits, progress)
+            examination.run()
+            is_kept = place.is_archive and not keep.fresh
+            manifest = manifest_of(
+                *(examination, patients, older, keep, scratch), with_vanished=is_kept
+            )
+            lease.check()
+            write_table(manifest, place.file)
         if place.is_archive:
-            examination.keep_used(found.listed)
+            examination.keep_used()
         else:
             journal.remove()
-    return manifest
+    return replace(manifest, rows=RowFile(place.file), file=place.file)
 
 
 def examine_share(
@@ -183,9 +185,12 @@ def examine_share(
         )
         journal = open_journal(place, key, share.name)
         machine = Machine(workers, limits, listed, share)
-        found = find(inputs, labels, rules, journal, machine)
-        tasks = [task for task in found.tasks(rules) if _is_in_share(task, found, share)]
-        Examination(tasks, journal, workers, limits, progress).rows()
+        with journal.scratch() as scratch:
+            found = find(inputs, labels, rules, journal, machine, scratch)
+            Examination(
+                *(found, rules, journal, scratch, workers, limits, progress),
+                is_chosen=lambda task: _is_in_share(task, found, share),
+            ).run()
 
 
 def _is_in_share(task: ExamineTask, found: ScansFound, share: Share) -> bool:
@@ -195,50 +200,17 @@ def _is_in_share(task: ExamineTask, found: ScansFound, share: Share) -> bool:
     return share.has(task.source.path.relative_to(found.inputs.root).as_posix())
 
 
-def _whole(
-    found: ScansFound,
-    examined: list[Examined],
-    rules: ScanRules,
-    patients: PatientRules,
-    place: IndexPlace,
-) -> tuple[Manifest, list[str]]:
-    """The manifest of an archive whose scans were examined, and the hash that each scan's own rule
-    gave; arguments as in `build_manifest`.
-    """
-    root = found.inputs.root
-    rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
-    identified, given = with_patients(rows, examined, found.scans, patients)
-    if found.entries:
-        identified = tuple(
-            replace(row, split=found.entries[scan.path].split)
-            if scan.path in found.entries
-            else row
-            for row, scan in zip(identified, found.scans)
-        )
-    manifest = Manifest(
-        identified,
-        root.resolve(),
-        key_name(rules.key),
-        passed_over=dict(found.passed_over),
-        ignore_labels=rules.ignore_labels,
-        label_names=rules.label_names,
-        label_report=label_report(found.pairs, rows, root, [row.contradiction for row in examined]),
-        file=place.file,
-    )
-    return manifest, given
-
-
 def _patient_column(patient_column: str | None, found: ScansFound) -> dict[str, str]:
     """The patients of the table that `build_manifest` was given, and of a list of scans."""
     root = found.inputs.root
-    paths = {scan.path: scan.path.relative_to(root) for scan in found.scans}
     column = {
-        paths[path].as_posix(): entry.patient
+        path.relative_to(root).as_posix(): entry.patient
         for path, entry in found.entries.items()
         if entry.patient
     }
     if patient_column is not None:
-        column |= patients_from_table(patient_column, list(paths.values()))
+        paths = [source.path.relative_to(root) for source in found.sources()]
+        column |= patients_from_table(patient_column, paths)
     return column
 
 
@@ -303,14 +275,24 @@ def check_usable(manifest: Manifest, labels: Path | None) -> None:
     Raises:
         UserError: no scan is accepted, or labels were given and none belongs to an accepted scan.
     """
-    if not manifest.accepted:
-        (_, (reason, count), *_) = [*manifest.summary().items(), ("", 0)]
+    summary = manifest.summary()
+    if not summary[ACCEPTED]:
+        (_, (reason, count), *_) = [*summary.items(), ("", 0)]
         raise UserError(
             f"no scan in {manifest.root} is accepted: {count} of {len(manifest.rows)} refused as "
             f"{reason}; the manifest lists the reasons, docs/ingest.md explains them"
         )
-    if labels is not None and not any(row.label_path for row in manifest.accepted):
+    if labels is not None and not _has_labels(manifest):
         raise UserError(
             f"no label map in {labels} belongs to an accepted scan; label maps must have the names "
             "of the scans, see docs/data.md, and lie on their grid"
         )
+
+
+def _has_labels(manifest: Manifest) -> bool:
+    """Whether an accepted scan has labels."""
+    for table in manifest.row_table().tables(("status", "label_path")):
+        is_accepted = pc.equal(table.column("status"), ACCEPTED)
+        if pc.any(pc.and_(is_accepted, pc.not_equal(table.column("label_path"), ""))).as_py():
+            return True
+    return False

@@ -3,72 +3,122 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow
 
-from tapct.data.manifest import ACCEPTED, REFUSED, Row
+from tapct.data.manifest import ACCEPTED
+from tapct.data.patients.columns import number_of, runs
 
 DUPLICATE, CONTRADICTORY = "duplicate", "contradictory_geometry"
 SPACING_TOLERANCE = 0.01  # headers round spacings; a larger difference is another geometry
 
 
-def refuse_duplicates(
-    rows: Sequence[Row], mirror_digests: Mapping[str, str] | None = None
-) -> tuple[Row, ...]:
-    """Refuse all but one of the accepted scans with the same voxels.
+@dataclass(frozen=True)
+class Refusal:
+    """Why a copy is refused; as the columns of `Row`."""
+
+    reason: str
+    detail: str
+    duplicate_of: str = ""
+
+
+# columns that `Copies` needs
+COLUMNS = (
+    *("id", "status", "digest", "mirror_digest", "label_path"),
+    *("spacing_z_mm", "spacing_y_mm", "spacing_x_mm"),
+)
+
+
+class Copies:
+    """The accepted scans of an archive that have the voxels of another one.
 
     The first copy with a label map is kept, else the first one. Where copies differ in spacing, or
     are mirrored or turned against each other, at most one of them is right and nobody knows which:
     all of them are refused.
 
     Args:
-        rows: all rows, in the order of their paths.
-        mirror_digests: `mirror_digest` of the scans by id; without it, mirrored copies are not
-            found.
+        read: function that returns COLUMNS of all scans in the order of their paths, some at a
+            time; it is called twice.
     """
-    mirrors = mirror_digests or {}
-    copies: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.status == ACCEPTED:
-            copies[mirrors.get(row.id) or row.digest].append(row)
-    refused: dict[str, Row] = {}
-    for group in copies.values():
-        if len(group) > 1:
-            refused.update((row.id, row) for row in _refused(group))
-    assert len({row.id for row in rows}) == len(rows), "64-bit ids of two paths collide"
-    return tuple(refused.get(row.id, row) for row in rows)
+
+    def __init__(self, read: Callable[[], Iterable[pyarrow.Table]]) -> None:
+        voxels = np.concatenate([_NONE, *map(_voxels, read())])
+        order = np.argsort(voxels, kind="stable")
+        ascending = voxels[order]
+        is_same = (ascending[1:] == ascending[:-1]) & (ascending[1:] != 0)
+        is_copy = np.zeros(len(order), bool)
+        is_copy[order[1:][is_same]] = is_copy[order[:-1][is_same]] = True
+        self._places = np.flatnonzero(is_copy)
+        self._copies = _taken(read(), self._places)
+        # of each copy, the number of the one that is kept, or of the first one where none is
+        self._kept = np.full(len(self._places), -1, np.int64)
+        self._problems: dict[int, str] = {}
+        voxels = voxels[self._places]
+        order = np.argsort(voxels, kind="stable")
+        for run in runs(voxels[order]):
+            self._compare(order[run])
+
+    def _compare(self, group: np.ndarray) -> None:
+        """Decide which copies of one scan are refused; their numbers, in the order of paths."""
+        copies = self._copies.take(group).to_pylist()
+        problem = _contradiction(copies)
+        if problem:
+            others = " and ".join(copy["id"] for copy in copies)
+            self._kept[group] = group[0]
+            self._problems[int(group[0])] = (
+                f"{others} have the same voxels, but {problem}; correct or remove the wrong file"
+            )
+            return
+        first = next((i for i, copy in enumerate(copies) if copy["label_path"]), 0)
+        self._kept[group[np.arange(len(group)) != first]] = group[first]
+
+    def refusals(self, start: int, stop: int) -> Iterator[tuple[int, Refusal]]:
+        """The refused ones of the scans start..stop-1: number and refusal of each."""
+        low, high = np.searchsorted(self._places, (start, stop)).tolist()
+        for place, kept in zip(self._places[low:high].tolist(), self._kept[low:high].tolist()):
+            if kept < 0:
+                continue
+            if kept in self._problems:
+                yield place, Refusal(CONTRADICTORY, self._problems[kept])
+                continue
+            (copy,) = self._copies.slice(kept, 1).to_pylist()
+            labels = ", which has labels" if copy["label_path"] else ""
+            detail = f"the same voxels as {copy['id']}{labels}"
+            yield place, Refusal(DUPLICATE, detail, copy["id"])
 
 
-def _refused(group: Sequence[Row]) -> Iterable[Row]:
-    """The rows of one scan's copies that are refused."""
-    problem = _contradiction(group)
-    if problem:
-        others = " and ".join(row.id for row in group)
-        detail = f"{others} have the same voxels, but {problem}; correct or remove the wrong file"
-        return [replace(row, status=REFUSED, reason=CONTRADICTORY, detail=detail) for row in group]
-    kept = next((row for row in group if row.label_path), group[0])
-    labels = ", which has labels" if kept.label_path else ""
-    return [
-        replace(
-            row,
-            status=REFUSED,
-            reason=DUPLICATE,
-            duplicate_of=kept.id,
-            detail=f"the same voxels as {kept.id}{labels}",
-        )
-        for row in group
-        if row is not kept
+_NONE = np.empty(0, np.uint64)
+
+
+def _voxels(table: pyarrow.Table) -> np.ndarray:
+    """Numbers that are equal for copies; 0 for scans that are not accepted."""
+    columns = (table.column(name).to_pylist() for name in ("status", "mirror_digest", "digest"))
+    numbers = [
+        number_of(mirror or digest) if status == ACCEPTED else 0
+        for status, mirror, digest in zip(*columns)
     ]
+    return np.array(numbers, np.uint64)
 
 
-def _contradiction(group: Sequence[Row]) -> str:
+def _taken(tables: Iterable[pyarrow.Table], places: np.ndarray) -> pyarrow.Table:
+    """The rows at some places, which ascend."""
+    found, start = [], 0
+    for table in tables:
+        low, high = np.searchsorted(places, (start, start + len(table)))
+        found.append(table.take(places[low:high] - start))
+        start += len(table)
+    return pyarrow.concat_tables(found).combine_chunks()
+
+
+def _contradiction(group: Sequence[Mapping[str, Any]]) -> str:
     """How the geometry of copies differs; empty where it does not."""
     first = group[0]
     for row in group[1:]:
-        if row.digest != first.digest:
+        if row["digest"] != first["digest"]:
             return "their headers mirror or turn them against each other"
         if not np.allclose(_spacing(row), _spacing(first), rtol=SPACING_TOLERANCE, atol=0):
             one, other = ("x".join(f"{mm:.4g}" for mm in _spacing(each)) for each in (first, row))
@@ -76,8 +126,8 @@ def _contradiction(group: Sequence[Row]) -> str:
     return ""
 
 
-def _spacing(row: Row) -> tuple[float, float, float]:
-    return row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm
+def _spacing(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    return row["spacing_z_mm"], row["spacing_y_mm"], row["spacing_x_mm"]
 
 
 def mirror_digest(hu_ZYX: np.ndarray) -> str:

@@ -5,26 +5,45 @@ and pair scans with labels.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow
+import pyarrow.compute as pc
 
 from tapct.base.exits import UserError
 from tapct.data import formats
 from tapct.data.index.grouping import grouped
 from tapct.data.index.inputs import Entry, IndexInputs
 from tapct.data.index.journal import Journal
+from tapct.data.index.label_counts import LabelsFound, Unpaired
 from tapct.data.index.listing import Listed, list_files
+from tapct.data.index.placed_rows import PLACE, PlacedRows
 from tapct.data.index.scan_row import ExamineTask, ScanRules
 from tapct.data.index.share import WHOLE, Share
-from tapct.data.labels.pairing import LabelPairs, pair_labels
+from tapct.data.index.source_table import (
+    FOUND_SCHEMA,
+    LABEL_COLUMNS,
+    SOURCE_SCHEMA,
+    bytes_of,
+    labels_of_row,
+    row_of_found,
+    row_of_source,
+    source_of_row,
+    text_of,
+)
+from tapct.data.labels.pairing import LabelPairs, may_hold_labels, pair_labels
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
 from tapct.data.search import passed_over as passed
-from tapct.data.search.discover import DICOM_OBJECT, Source, in_order
+from tapct.data.search.discover import DICOM_OBJECT, Source
 from tapct.data.workers.process_pool import DEFAULT_LIMITS, ScanLimits, map_unordered
 from tapct.data.workers.time_limit import NoAnswer, TimeLimit
 
@@ -56,32 +75,54 @@ class ScansFound:
     Args:
         inputs: what is indexed.
         listed: files that were listed.
-        scans: sources to examine, in the order of their paths.
-        pairs: which labels belong to which scan.
+        rows: rows of the sources to examine, in the order of their paths, with their labels, see
+            `source_table`.
+        unpaired: label files that no scan uses.
         passed_over: number of other files by kind.
         entries: entry of a list, by the path of the scan that it names.
     """
 
     inputs: IndexInputs
     listed: Listed
-    scans: Sequence[Source]
-    pairs: LabelPairs
+    rows: PlacedRows
+    unpaired: Unpaired
     passed_over: Counter[str]
-    entries: Mapping[Path, Entry]
+    entries: Mapping[Path, Entry] = field(default_factory=dict)
 
-    def tasks(self, rules: ScanRules) -> list[ExamineTask]:
+    def __len__(self) -> int:
+        """Number of scans."""
+        return len(self.rows)
+
+    def sources(self) -> Iterator[Source]:
+        """The sources to examine, in the order of their paths."""
+        return map(source_of_row, self.rows.rows(SOURCE_SCHEMA.names))
+
+    def labels(self) -> Iterator[LabelsFound]:
+        """The labels that were found for each scan."""
+        for row in self.rows.rows(["path", *LABEL_COLUMNS]):
+            yield self._labels_of(Path(text_of(row["path"])), row)
+
+    def tasks(self, rules: ScanRules) -> Iterator[ExamineTask]:
         """The work of the worker processes: each scan with its label maps."""
-        pairs = self.pairs
-        return [
-            ExamineTask(
-                scan,
+        for row in self.rows.rows():
+            source = source_of_row(row)
+            found = self._labels_of(source.path, row)
+            entry = self.entries.get(source.path)
+            yield ExamineTask(
+                source,
                 rules,
-                labels=pairs.label_of.get(scan.path),
-                more_labels=pairs.more_of.get(scan.path, ()),
-                num_other_labels=len(pairs.others_of.get(scan.path, ())),
+                labels=found.label,
+                more_labels=found.more,
+                num_other_labels=found.num_others,
+                split="" if entry is None else entry.split,
             )
-            for scan in self.scans
-        ]
+
+    def _labels_of(self, path: Path, row: Mapping[str, Any]) -> LabelsFound:
+        """The labels of a scan: those of a list, else those that were found by names."""
+        entry = self.entries.get(path)
+        if entry is not None and entry.label is not None:
+            return LabelsFound(entry.label)
+        return labels_of_row(row)
 
 
 @dataclass(frozen=True)
@@ -91,26 +132,30 @@ class _Request:
     Args:
         inputs: what is indexed.
         labels: folder of `--labels`, or None.
+        only: as in `build_manifest`.
         derived: as in `search`.
         seconds: longest time to wait for one file.
         journal: journal with the heads of the DICOM files.
         listed: files that were listed.
+        scratch: folder for the rows.
     """
 
     inputs: IndexInputs
     labels: Path | None
+    only: Sequence[str]
     derived: bool
     seconds: float
     journal: Journal
     listed: Listed
+    scratch: Path
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """The sources of an archive, the label maps of its scans, and the other files by kind."""
+class _Paired:
+    """What `_found` returns; as in `ScansFound`."""
 
-    sources: Sequence[Source]
-    pairs: LabelPairs
+    rows: PlacedRows
+    unpaired: Unpaired
     passed_over: Counter[str]
 
 
@@ -120,6 +165,7 @@ def find(
     rules: ScanRules,
     journal: Journal,
     machine: Machine,
+    scratch: Path,
     only: Sequence[str] = (),
 ) -> ScansFound:
     """Find all scans of an archive.
@@ -133,12 +179,13 @@ def find(
         rules: what holds for all scans.
         journal: journal of the index.
         machine: processes and limits.
+        scratch: folder for rows that wait.
         only: as in `build_manifest`.
     Raises:
         UserError: there is no scan, a library cannot be loaded, or the disk does not answer.
     """
     listed = list_files(
-        *(inputs, journal, rules),
+        *(inputs, journal, rules, scratch),
         check=lambda: _call(_load, None, machine, inputs),
         workers=machine.workers,
         limits=machine.limits,
@@ -147,45 +194,15 @@ def find(
         listed=machine.listed,
     )
     seconds = machine.limits.seconds
-    request = _Request(inputs, labels, rules.accept.derived, seconds, journal, listed)
-    found: _Pairs = _call(_found, request, machine, inputs)
-    scans, passed_over = _scans_of(found, inputs, only)
+    derived = rules.accept.derived
+    request = _Request(inputs, labels, only, derived, seconds, journal, listed, scratch)
+    paired: _Paired = _call(_found, request, machine, inputs)
+    listed.sources.remove()
     is_part = machine.share.total > 1  # other processes may have what is missing here
-    if not scans and not is_part:
-        raise _no_scans(inputs, passed_over)
-    entries = inputs.entry_of(scans, strict=not is_part)
-    pairs = _with_labels_of_list(found.pairs, entries)
-    return ScansFound(inputs, listed, scans, pairs, passed_over, entries)
-
-
-def _with_labels_of_list(pairs: LabelPairs, entries: Mapping[Path, Entry]) -> LabelPairs:
-    """Pairs of which those of a list replace the ones that were found by names."""
-    given = {path: entry.label for path, entry in entries.items() if entry.label is not None}
-    if not given:
-        return pairs
-    rest = [pairs.others_of, pairs.more_of]
-    others_of, more_of = ({k: v for k, v in each.items() if k not in given} for each in rest)
-    label_of = {**pairs.label_of, **given}
-    return replace(pairs, label_of=label_of, others_of=others_of, more_of=more_of)
-
-
-def _scans_of(
-    found: _Pairs, inputs: IndexInputs, only: Sequence[str]
-) -> tuple[list[Source], Counter[str]]:
-    """The sources to examine as scans, and the other files, counted by kind."""
-    given = {entry.label for entry in inputs.entries}
-    scans: list[Source] = []
-    passed_over = found.passed_over + Counter(found.pairs.passed_over)
-    for source in found.sources:
-        if source.path in found.pairs.label_files or source.path in given:
-            continue
-        if source.kind == DICOM_OBJECT:
-            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
-        elif only and not matches_any(source.path.relative_to(inputs.root).as_posix(), only):
-            passed_over["not part of the data set"] += 1
-        else:
-            scans.append(source)
-    return scans, passed_over
+    if not len(paired.rows) and not is_part:
+        raise _no_scans(inputs, paired.passed_over)
+    found = ScansFound(inputs, listed, paired.rows, paired.unpaired, paired.passed_over)
+    return replace(found, entries=inputs.entry_of(found.sources(), strict=not is_part))
 
 
 def matches_any(path: str, patterns: Sequence[str]) -> bool:
@@ -238,22 +255,90 @@ def _load(_: None) -> None:
     load_libraries()
 
 
-def _found(request: _Request) -> _Pairs:
+def _found(request: _Request) -> _Paired:
     """What lies in an archive, and which label map belongs to which scan."""
-    inputs, listed = request.inputs, request.listed
-    series, passed_over = grouped(
-        inputs.root, request.journal, listed.current, derived=request.derived
+    inputs = request.inputs
+    passed_over = Counter(request.listed.passed_over)
+    sources = _in_order(request, passed_over)
+    pairs = _pairs_of(sources, request)
+    passed_over.update(pairs.passed_over)
+    given = {entry.label for entry in inputs.entries}
+    rows = PlacedRows(request.scratch / "found", FOUND_SCHEMA)
+    for source in map(source_of_row, sources.rows()):
+        if source.path in pairs.label_files or source.path in given:
+            continue
+        if source.kind == DICOM_OBJECT:
+            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
+        elif request.only and not matches_any(_below(source, inputs), request.only):
+            passed_over["not part of the data set"] += 1
+        else:
+            rows.append(row_of_found(source, pairs))
+    sources.remove()
+    unpaired = Unpaired(pairs.unmatched, pairs.likely, pairs.num_given, pairs.num_given_used)
+    return _Paired(rows, unpaired, passed_over)
+
+
+def _in_order(request: _Request, passed_over: Counter[str]) -> PlacedRows:
+    """The sources of an archive in the order of their paths.
+
+    Args:
+        request: what is searched.
+        passed_over: counts to which the other DICOM files are added.
+    """
+    inputs, listed, scratch = request.inputs, request.listed, request.scratch
+    rows = PlacedRows(scratch / "unordered", SOURCE_SCHEMA)
+    series = grouped(inputs.root, request.journal, listed.current, scratch, derived=request.derived)
+    of_files = ((source_of_row(row), "") for row in listed.sources.rows())
+    for source, kind in itertools.chain(of_files, series):
+        if source is None:
+            passed_over[kind] += 1
+        elif inputs.has_named(source):
+            rows.append(row_of_source(source))
+    places = _ranks([table.column("path") for table in rows.tables(("path",))], inputs.root)
+    ordered = PlacedRows(scratch / "ordered", SOURCE_SCHEMA)
+    for table in rows.tables():
+        numbers = table.column(PLACE).to_numpy()
+        ordered.add(table.drop_columns([PLACE]), places[numbers])
+    rows.remove()
+    return ordered
+
+
+def _ranks(paths: Sequence[pyarrow.ChunkedArray], root: Path) -> np.ndarray:
+    """The rank of each path among all, by their parts below the root; that of the root is a dot."""
+    column = pyarrow.chunked_array([chunk for each in paths for chunk in each.chunks], "binary")
+    own = bytes_of(root)
+    column = pc.if_else(pc.equal(column, own), own.rstrip(b"/") + b"/.", column)
+    order = pc.sort_indices(column).to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _pairs_of(sources: PlacedRows, request: _Request) -> LabelPairs:
+    """Which label map belongs to which scan. All sources are in memory only where some may be label
+    maps.
+    """
+    root = request.inputs.root
+    all_sources = functools.partial(map, source_of_row)
+    may_be_pairs = request.labels is not None or any(
+        may_hold_labels(source, root) for source in all_sources(sources.rows())
     )
-    sources = in_order(inputs.root, filter(inputs.has_named, [*listed.sources, *series]))
+    if not may_be_pairs:
+        return LabelPairs({}, frozenset())
     # side-cars, tables of labels and the headers of DICOM objects are read again
     limit = TimeLimit(request.seconds + _PAIRING_SECONDS * len(sources))
     try:
-        pairs = limit.call(pair_labels, sources, inputs.root, request.labels, request.seconds)
-        return _Pairs(sources, pairs, listed.passed_over + passed_over)
+        given = (tuple(all_sources(sources.rows())), root, request.labels, request.seconds)
+        return limit.call(pair_labels, *given)
     except NoAnswer as error:
         raise UserError(
-            f"the files of {inputs.root} were listed, but reading side-cars and tables of labels "
-            f"had {error}; check the disk"
+            f"the files of {root} were listed, but reading side-cars and tables of labels had "
+            f"{error}; check the disk"
         ) from error
     finally:
         limit.close()
+
+
+def _below(source: Source, inputs: IndexInputs) -> str:
+    """Path of a source below the root."""
+    return source.path.relative_to(inputs.root).as_posix()

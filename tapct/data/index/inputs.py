@@ -125,7 +125,7 @@ class IndexInputs:
             )
         return found
 
-    def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
+    def entry_of(self, sources: Iterable[Source], *, strict: bool = True) -> dict[Path, Entry]:
         """The entry of each source that a list names, by the path of the source.
 
         Args:

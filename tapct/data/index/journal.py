@@ -12,8 +12,10 @@ import contextlib
 import hashlib
 import json
 import secrets
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ KEY = "key"  # column with the key of a row
 _ABOUT = "about.json"
 _FLUSH_SECONDS = 5.0  # work that a kill may lose
 _FLUSH_ROWS = 20_000
-_PART_ROWS = 100_000  # of a part that is not written again; about 30 MB
+_PART_ROWS, _PART_BYTES = 100_000, 1 << 25  # of a part that is not written again, at most
 _STALE_SECONDS = 3600.0  # after which an unfinished file belongs to no process
 
 
@@ -140,19 +142,37 @@ class Journal:
         part = self.folder / f"{name}.parquet"
         try:
             if self._count == 1:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if self._read_about() != self._about:
-                    files.write_atomically(self.folder / _ABOUT, self._about, mode=files.PRIVATE)
+                self._make_folder()
             with files.replacing(part, mode=files.PRIVATE) as file:
                 pyarrow.parquet.write_table(table, file)
         except OSError as error:
             if not any(self.folder.glob("*.parquet")):
                 self.remove()
-            raise UserError(
-                f"cannot write the journal {part}: {files.first_cause(error)}; nothing was "
-                "changed, and what was read before is kept"
-            ) from error
+            raise _not_written(part, error) from error
         return part
+
+    def _make_folder(self) -> None:
+        """Make the folder, with the file that shows for what its rows can be used."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._read_about() != self._about:
+            files.write_atomically(self.folder / _ABOUT, self._about, mode=files.PRIVATE)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A new folder in that of the journal, for rows that are of no use after this call.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self._make_folder()
+            place = tempfile.TemporaryDirectory(
+                prefix="scratch", dir=self.folder, ignore_cleanup_errors=True
+            )
+        except OSError as error:
+            raise _not_written(self.folder, error) from error
+        with place as name:
+            yield Path(name)
 
     def parts(self, kind: str) -> list[Path]:
         """The files with rows of one kind."""
@@ -192,7 +212,7 @@ class Journal:
         return schema.empty_table()
 
     def keep_only(self, kind: str, keys: Keys) -> None:
-        """Leave the rows with some keys, each once, in parts of up to `_PART_ROWS` rows.
+        """Leave the rows with some keys, each once, in parts of limited size.
 
         One part is in memory at a time. After a crash in between, rows are there twice, and the
         first of each is used.
@@ -200,7 +220,6 @@ class Journal:
         is_kept = np.zeros(len(keys), bool)
         waiting: list[pyarrow.Table] = []
         replaced: list[Path] = []
-        num_waiting = 0
         parts = self.parts(kind)
         for part in parts:
             table = self.read_part(part, kind)
@@ -208,16 +227,16 @@ class Journal:
             places = keys.find(keys_in(table.take(chosen)))
             chosen = chosen[~is_kept[places]]
             is_kept[places] = True
-            is_large = len(parts) == 1 or len(table) > _PART_ROWS // 2
+            is_large = len(parts) == 1 or _is_large(table)
             if is_large and len(chosen) == len(table):
                 continue
             replaced.append(part)
-            waiting.append(table.take(chosen))
-            num_waiting += len(chosen)
-            if num_waiting > _PART_ROWS // 2:
+            if len(chosen):
+                waiting.append(table.take(chosen))
+            if waiting and _is_large(pyarrow.concat_tables(waiting)):
                 self.write(kind, pyarrow.concat_tables(waiting))
-                waiting, num_waiting = [], 0
-        if num_waiting:
+                waiting = []
+        if waiting:
             self.write(kind, pyarrow.concat_tables(waiting))
         for part in replaced:
             part.unlink(missing_ok=True)
@@ -240,12 +259,22 @@ class Journal:
                     _remove(path)
 
 
+def _is_large(table: pyarrow.Table) -> bool:
+    """Whether rows are enough for a part."""
+    return bool(len(table) > _PART_ROWS // 2 or table.nbytes > _PART_BYTES // 2)
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the journal {path}: {files.first_cause(error)}; nothing was changed, and "
+        "what was read before is kept"
+    )
+
+
 def _remove(path: Path) -> None:
-    """Remove a file, or a folder with files."""
+    """Remove a file, or a folder."""
     if path.is_dir():
-        for inner in path.iterdir():
-            inner.unlink(missing_ok=True)
-        path.rmdir()
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -19,20 +19,26 @@ holds for one seed of the split.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from tapct.base.exits import UserError
-from tapct.data.manifest import Manifest, Row
+from tapct.data.manifest import Manifest
+from tapct.data.patients.columns import HASH, hashes, number_of, roots, runs, unique_rows
+from tapct.data.patients.identity import SOURCES
 from tapct.data.patients.memory import KnownScan, PatientChanges, PatientMemory
 from tapct.data.patients.split import position
 
 KEPT = "kept"  # `patient_from` of a scan whose patient has the hash of an older manifest
-# rules of an identifier that belongs to one person, whatever the scan is called; equal values are
-# one rule
-_PERSONAL = {"column": "column", "header": "PatientID", "side_car": "PatientID"}
+RULES = ("", *SOURCES, KEPT)  # values of `patient_from`
+# rules of an identifier that belongs to one person, whatever the scan is called; equal numbers are
+# one rule, and 0 is none
+_PERSONAL = {"column": 1, "header": 2, "side_car": 2}
+_RULE_OF_PERSON = np.array([_PERSONAL.get(rule, 0) for rule in RULES])
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def read_older(out: Path, rules: KeepRules, key_name: str) -> Older:
         return Older()
     problem = ""
     try:
-        older = Manifest.read(file)
+        older = Manifest.open(file)
         if older.patient_key == key_name:
             return Older(older, is_given=rules.file is not None)
         problem = "they are hashed with another key than the one beside --out"
@@ -94,194 +100,276 @@ def read_older(out: Path, rules: KeepRules, key_name: str) -> Older:
     return Older(problem=problem)
 
 
-def with_kept_patients(
-    manifest: Manifest, given: Sequence[str], older: Older, rules: KeepRules
-) -> Manifest:
-    """A manifest with the patients of an older one, and with what changed.
+@dataclass(frozen=True)
+class ScanPatients:
+    """The patients of scans as columns.
 
     Args:
-        manifest: manifest with patients by today's rules.
+        ids, digests: `columns.number_of` the ids and digests of the scans.
+        patients: keyed hashes of their patients; empty where there is none.
+        sources: numbers in RULES of the rules that identified them.
+    """
+
+    ids: np.ndarray
+    digests: np.ndarray
+    patients: np.ndarray
+    sources: np.ndarray
+
+    @classmethod
+    def of(cls, scans: Iterable[tuple[str, str, str, str]]) -> ScanPatients:
+        """The columns of scans: id, digest, patient and rule of each."""
+        ids, digests = array("Q"), array("Q")
+        patients, sources = bytearray(), bytearray()
+        for scan_id, digest, patient, source in scans:
+            ids.append(number_of(scan_id))
+            digests.append(number_of(digest))
+            patients += hashes([patient]).tobytes()
+            sources.append(RULES.index(source))
+        return cls(
+            np.frombuffer(ids, np.uint64),
+            np.frombuffer(digests, np.uint64),
+            np.frombuffer(patients, HASH),
+            np.frombuffer(sources, np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def is_known(self) -> np.ndarray:
+        """Whether a scan has a patient; bool."""
+        return self.patients != b""
+
+
+def kept_patients(
+    now: ScanPatients, given: np.ndarray, root: Path, older: Older, rules: KeepRules
+) -> tuple[ScanPatients, PatientMemory, PatientChanges | None]:
+    """The patients of an archive with those of an older manifest, and what changed.
+
+    Args:
+        now: patients by today's rules.
         given: hash that each scan's own rule gave, before scans of one person were joined.
+        root: folder of the archive.
         older: older manifest.
         rules: which patients are kept.
+    Returns:
+        The patients, what the next index must know beyond them, and what changed, as in
+        `Manifest.patient_changes`.
     """
     before = older.manifest
     problem = older.problem
-    if before is not None and not older.is_given and _is_another_archive(manifest, before):
+    if before is not None and not older.is_given and _is_another_archive(now, root, before):
         problem = (
             f"it was made for another folder, {before.root}, and has no scan in common with this "
             "archive"
         )
     if problem:
-        return replace(manifest, patient_changes=PatientChanges(problem=problem))
+        return now, PatientMemory(), PatientChanges(problem=problem)
     if before is None:
-        return manifest
+        return now, PatientMemory(), None
     if rules.fresh:
-        changes = changes_without_keeping(manifest.rows, before)
-        return replace(manifest, patient_changes=changes)
-    rows, memory, changes = keep_patients(manifest.rows, given, before, split_seed=rules.split_seed)
-    return replace(manifest, rows=rows, memory=memory, patient_changes=changes)
+        return now, PatientMemory(), changes_without_keeping(now, before)
+    return keep_patients(now, given, before, split_seed=rules.split_seed)
 
 
-def _is_another_archive(manifest: Manifest, older: Manifest) -> bool:
+def _is_another_archive(now: ScanPatients, root: Path, older: Manifest) -> bool:
     """Whether an older manifest was made for another folder and has no scan in common with this
     one.
     """
-    known = {scan.digest for scan in _known_scans(older)}
-    has_known = any(row.digest in known for row in manifest.rows if row.digest)
-    return bool(known) and older.root != manifest.root and not has_known
+    if older.root == root:
+        return False
+    known = ScanPatients.of(_known_scans(older))
+    has_known = np.isin(now.digests[now.digests != 0], known.digests).any()
+    return len(known) > 0 and not has_known
 
 
 def keep_patients(
-    rows: Sequence[Row], given: Sequence[str], older: Manifest, *, split_seed: int = 0
-) -> tuple[tuple[Row, ...], PatientMemory, PatientChanges]:
+    now: ScanPatients, given: np.ndarray, older: Manifest, *, split_seed: int = 0
+) -> tuple[ScanPatients, PatientMemory, PatientChanges]:
     """Give known scans the patients that they had.
 
     Args:
-        rows: rows of an archive, with patients by today's rules.
-        given: as in `with_kept_patients`.
+        now: patients by today's rules.
+        given: as in `kept_patients`.
         older: manifest of the same archive at an earlier time, with hashes of the same key.
         split_seed: seed of the split, for patients that are joined.
     Returns:
-        The rows with the kept patients, what the next index must know beyond them, and what
-        changed.
+        The kept patients, what the next index must know beyond them, and what changed.
     """
-    known = _known_scans(older)
-    before = _patients_before(rows, known)
-    joined = _Sets()
-    for row, by_rule, patients in zip(rows, given, before):
-        for patient in (by_rule, *patients) if row.patient else ():
-            joined.join(row.patient, patient)
-    for by_rule, patient in older.memory.same_as.items():
-        joined.join(by_rule, patient)
-    earlier = {scan.patient for scan in known} | set(older.memory.same_as.values())
-    name_of = _names(joined, earlier, {row.patient for row in rows}, split_seed)
-    kept = []
-    for row in rows:
-        name = name_of.get(row.patient, row.patient)
-        source = row.patient_from if name == row.patient else KEPT
-        kept.append(replace(row, patient=name, patient_from=source))
-    digests = {row.digest for row in rows if row.patient}
-    gone = dict.fromkeys(
-        replace(scan, patient=name_of.get(scan.patient, scan.patient))
-        for scan in known
-        if scan.digest not in digests
+    known = ScanPatients.of(_known_scans(older))
+    before = _Before.of(now, known)
+    is_known = now.is_known()
+    same_as = older.memory.same_as
+    remembered = hashes(same_as.values())
+    joined = (
+        (now.patients[is_known], given[is_known]),
+        (now.patients[before.rows], before.patients),
+        (hashes(same_as), remembered),
     )
-    same_as = {by_rule: name for by_rule, name in name_of.items() if by_rule != name}
-    changes = _changes(rows, kept, before)
-    return tuple(kept), PatientMemory(tuple(gone), same_as), replace(changes, split_seed=split_seed)
+    earlier = np.concatenate([known.patients, remembered])
+    name_of = _names(joined, earlier, now, split_seed)
+    patients = name_of.of(now.patients)
+    sources = np.where(patients == now.patients, now.sources, RULES.index(KEPT)).astype(np.uint8)
+    kept = replace(now, patients=patients, sources=sources)
+    is_gone = ~np.isin(known.digests, now.digests[is_known])
+    gone = dict.fromkeys(
+        KnownScan(scan_id, digest, name_of.text_of(patient), source)
+        for (scan_id, digest, patient, source), chosen in zip(_known_scans(older), is_gone)
+        if chosen
+    )
+    changes = replace(_changes(now, kept, before), split_seed=split_seed)
+    return kept, PatientMemory(tuple(gone), name_of.changed()), changes
 
 
-def changes_without_keeping(rows: Sequence[Row], older: Manifest) -> PatientChanges:
+def changes_without_keeping(now: ScanPatients, older: Manifest) -> PatientChanges:
     """What becomes of the older patients where they are forgotten.
 
     Args:
-        rows, older: as in `keep_patients`.
+        now, older: as in `keep_patients`.
     """
-    before = _patients_before(rows, _known_scans(older))
-    return replace(_changes(rows, rows, before), num_undivided=0, forgotten=True)
+    before = _Before.of(now, ScanPatients.of(_known_scans(older)))
+    return replace(_changes(now, now, before), num_undivided=0, forgotten=True)
 
 
-def _known_scans(older: Manifest) -> list[KnownScan]:
-    """All scans whose patients are known, the ones in the rows last."""
-    rows = (
-        KnownScan(row.id, row.digest, row.patient, row.patient_from)
-        for row in older.rows
-        if row.patient
-    )
-    return [*older.memory.gone, *rows]
+def _known_scans(older: Manifest) -> Iterator[tuple[str, str, str, str]]:
+    """All scans whose patients are known, the ones in the rows last: id, digest, patient, rule."""
+    for scan in older.memory.gone:
+        yield scan.id, scan.digest, scan.patient, scan.patient_from
+    for table in older.row_table().tables(("id", "digest", "patient", "patient_from")):
+        for scan_id, digest, patient, source in zip(*(each.to_pylist() for each in table)):
+            if patient:
+                yield scan_id, digest, patient, source
 
 
-def _patients_before(rows: Sequence[Row], known: Iterable[KnownScan]) -> list[list[str]]:
-    """The earlier patients of each scan: by its voxels, else by its path; sorted."""
-    by_id: dict[str, KnownScan] = {}
-    by_digest: dict[str, set[str]] = defaultdict(set)
-    for scan in known:
-        by_id[scan.id] = scan
-        if scan.digest:
-            by_digest[scan.digest].add(scan.patient)
-    digests = {row.digest for row in rows if row.patient}
-    found: list[list[str]] = []
-    for row in rows:
-        at_path = by_id.get(row.id)
-        if not row.patient:
-            found.append([])
-        elif row.digest in by_digest:
-            found.append(sorted(by_digest[row.digest]))
-        elif at_path and not _is_replaced(row, at_path, digests):
-            found.append([at_path.patient])
-        else:
-            found.append([])
-    return found
+@dataclass(frozen=True)
+class _Before:
+    """The earlier patients of scans: of a scan by its voxels, else by its path.
 
-
-def _is_replaced(row: Row, before: KnownScan, digests: set[str]) -> bool:
-    """Whether a path holds another person's scan now: the scan that it held lies elsewhere, or the
-    same rule of personal identifiers gives another patient.
+    Args:
+        rows: numbers of the scans, ascending; one with several earlier patients is there for each.
+        patients: keyed hash of an earlier patient of each.
     """
-    if before.digest in digests:
-        return True
-    rule = _PERSONAL.get(before.patient_from)
-    return rule is not None and rule == _PERSONAL.get(row.patient_from)
+
+    rows: np.ndarray
+    patients: np.ndarray
+
+    @classmethod
+    def of(cls, now: ScanPatients, known: ScanPatients) -> _Before:
+        """The earlier patients of scans, from all scans whose patients are known."""
+        is_known = now.is_known()
+        has_digest = known.digests != 0
+        digests, patients = unique_rows(known.digests[has_digest], known.patients[has_digest])
+        starts = np.searchsorted(digests, now.digests, side="left")
+        counts = np.searchsorted(digests, now.digests, side="right") - starts
+        counts[~is_known] = 0
+        rows = np.repeat(np.arange(len(now)), counts)
+        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        by_voxels = patients[np.repeat(starts, counts) + offsets]
+        others, at_path = _at_same_path(now, known, is_known & (counts == 0))
+        rows = np.concatenate([rows, others])
+        order = np.argsort(rows, kind="stable")
+        return cls(rows[order], np.concatenate([by_voxels, known.patients[at_path]])[order])
 
 
-def _names(joined: _Sets, earlier: set[str], today: set[str], split_seed: int) -> dict[str, str]:
+def _at_same_path(
+    now: ScanPatients, known: ScanPatients, chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of chosen scans at whose paths known scans were, and numbers of the last of those.
+
+    A path that holds another person's scan now is left out: the scan that it held lies elsewhere,
+    or the same rule of personal identifiers gives another patient.
+    """
+    scans = np.flatnonzero(chosen)
+    if not len(known):
+        return scans[:0], scans[:0]
+    order = np.argsort(known.ids, kind="stable")
+    places = np.searchsorted(known.ids[order], now.ids[scans], side="right") - 1
+    before = order[np.maximum(places, 0)]
+    is_moved = np.isin(known.digests[before], now.digests[now.is_known()])
+    rules = _RULE_OF_PERSON[now.sources[scans]]
+    is_other = (rules != 0) & (rules == _RULE_OF_PERSON[known.sources[before]])
+    is_here = (known.ids[before] == now.ids[scans]) & ~is_moved & ~is_other
+    return scans[is_here], before[is_here]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Hashes that are joined with others, and the hash of the patient of each.
+
+    Args:
+        members: hashes, ascending.
+        names: hash of the patient of each.
+    """
+
+    members: np.ndarray
+    names: np.ndarray
+
+    def of(self, patients: np.ndarray) -> np.ndarray:
+        """The hashes of the patients of some hashes."""
+        result = patients.copy()
+        is_member = np.isin(patients, self.members)
+        result[is_member] = self.names[np.searchsorted(self.members, patients[is_member])]
+        return result
+
+    def text_of(self, patient: str) -> str:
+        """The hash of the patient of one hash."""
+        return str(self.of(hashes([patient]))[0].decode())
+
+    def changed(self) -> dict[str, str]:
+        """The hashes that are not those of their patients, with those."""
+        differ = self.members != self.names
+        pairs = zip(self.members[differ].tolist(), self.names[differ].tolist())
+        return {member.decode(): name.decode() for member, name in pairs}
+
+
+def _names(
+    joined: Iterable[tuple[np.ndarray, np.ndarray]],
+    earlier: np.ndarray,
+    now: ScanPatients,
+    split_seed: int,
+) -> _Names:
     """The hash of the patient of each joined hash: of the earlier ones the one that is held out
     last; without an earlier one, the one by today's rules.
+
+    Args:
+        joined: hashes of one array that are joined with those of another one, one by one.
+        earlier: hashes of earlier patients.
+        now: patients by today's rules.
+        split_seed: seed of the split.
     """
-    names: dict[str, str] = {}
-    for members in joined.sets():
-        names_now = [member for member in members if member in today]
-        old = [member for member in members if member in earlier] or names_now
-        name = max(old, key=lambda patient: (position(patient, split_seed), patient))
-        names.update(dict.fromkeys(members, name))
-    return names
+    differing = [(one[one != other], other[one != other]) for one, other in joined]
+    ones, others = (np.concatenate([pair[side] for pair in differing]) for side in (0, 1))
+    members = np.unique(np.concatenate([ones, others]))
+    pairs = (np.searchsorted(members, each) for each in (ones, others))
+    root = roots(len(members), *pairs)
+    is_earlier, is_today = np.isin(members, earlier), np.isin(members, now.patients)
+    names = members.copy()
+    order = np.argsort(root, kind="stable")
+    for run in runs(root[order]):
+        places = order[run]
+        old = places[is_earlier[places]]
+        old = old if len(old) else places[is_today[places]]
+        texts = [member.decode() for member in members[old].tolist()]
+        name = max(texts, key=lambda patient: (position(patient, split_seed), patient))
+        names[places] = name.encode()
+    return _Names(members, names)
 
 
-def _changes(
-    rows: Sequence[Row], result: Sequence[Row], before: Sequence[Sequence[str]]
-) -> PatientChanges:
+def _changes(now: ScanPatients, result: ScanPatients, before: _Before) -> PatientChanges:
     """Count what became of the earlier patients.
 
     Args:
-        rows: rows with patients by today's rules.
-        result: the same rows with the patients that they get.
-        before: earlier patients of each row.
+        now: patients by today's rules.
+        result: the patients that the same scans get.
+        before: earlier patients of the scans.
     """
-    num_scans = num_kept = 0
-    changed: set[str] = set()
-    by_rules: dict[str, set[str]] = defaultdict(set)
-    for row, now, patients in zip(rows, result, before):
-        for patient in patients:
-            by_rules[patient].add(row.patient)
-        num_kept += now.patient_from == KEPT
-        if patients and now.patient not in patients:
-            num_scans += 1
-            changed.update(patients)
-    num_undivided = sum(len(names) > 1 for names in by_rules.values())
-    return PatientChanges(num_scans, len(changed), num_kept, num_undivided)
-
-
-class _Sets:
-    """Sets of hashes that are of one patient."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def _root(self, member: str) -> str:
-        self._parent.setdefault(member, member)
-        while self._parent[member] != member:
-            self._parent[member] = self._parent[self._parent[member]]
-            member = self._parent[member]
-        return member
-
-    def join(self, one: str, other: str) -> None:
-        """Join the sets of two hashes."""
-        self._parent[self._root(one)] = self._root(other)
-
-    def sets(self) -> Iterator[list[str]]:
-        """All sets."""
-        members: dict[str, list[str]] = defaultdict(list)
-        for member in self._parent:
-            members[self._root(member)].append(member)
-        yield from members.values()
+    is_same, has_before = np.zeros(len(now), bool), np.zeros(len(now), bool)
+    has_before[before.rows] = True
+    is_same[before.rows[before.patients == result.patients[before.rows]]] = True
+    is_changed = has_before & ~is_same
+    changed = np.unique(before.patients[is_changed[before.rows]])
+    patients, _ = unique_rows(before.patients, now.patients[before.rows])
+    _, counts = np.unique(patients, return_counts=True)
+    num_kept = np.count_nonzero(result.sources == RULES.index(KEPT))
+    return PatientChanges(
+        int(is_changed.sum()), len(changed), int(num_kept), int((counts > 1).sum())
+    )

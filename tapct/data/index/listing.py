@@ -33,9 +33,11 @@ from tapct.data.index.head_units import (
 )
 from tapct.data.index.inputs import IndexInputs
 from tapct.data.index.journal import Journal, Keys, key_of, keys_in
+from tapct.data.index.placed_rows import PlacedRows
 from tapct.data.index.scan_row import ScanRules
 from tapct.data.index.scan_table import SCANS
 from tapct.data.index.share import WHOLE, Share
+from tapct.data.index.source_table import SOURCE_SCHEMA, row_of_source
 from tapct.data.patients.key import KEY_FILE
 from tapct.data.readers import DICOM, stem_of
 from tapct.data.search import folder_entries
@@ -52,6 +54,7 @@ from tapct.data.search.discover import (
 )
 from tapct.data.search.file_count import FileCount
 from tapct.data.search.folder_entries import Entries, Stamp
+from tapct.data.search.seen_folders import SeenFolders
 from tapct.data.workers.process_pool import ScanLimits, map_unordered
 from tapct.data.workers.time_limit import LEAST_SECONDS, NoAnswer, TimeLimit
 
@@ -66,8 +69,8 @@ class Listed:
     """What lies in an archive.
 
     Args:
-        sources: scans and label maps of single files, folders that cannot be listed, and files that
-            cannot be read.
+        sources: rows of scans and label maps of single files, of folders that cannot be listed, and
+            of files that cannot be read, see `source_table`.
         passed_over: number of other files by kind.
         current: keys of the DICOM files, one after the other; the journal has their heads.
         others: keys of the other files that were opened.
@@ -76,7 +79,7 @@ class Listed:
             processes have not read their shares yet.
     """
 
-    sources: list[Source] = field(default_factory=list)
+    sources: PlacedRows
     passed_over: Counter[str] = field(default_factory=Counter)
     current: bytes = b""
     others: bytes = b""
@@ -88,6 +91,7 @@ def list_files(
     inputs: IndexInputs,
     journal: Journal,
     rules: ScanRules,
+    scratch: Path,
     *,
     check: Callable[[], None],
     workers: int,
@@ -102,6 +106,7 @@ def list_files(
         inputs: what is indexed.
         journal: journal of the index, which gets the heads.
         rules: what holds for all scans; scans are examined where their files are in memory.
+        scratch: folder for the rows of sources.
         check: function that is called before the first file is read; it may raise.
         workers: number of processes; 0 reads in this one.
         limits: time and memory of a file in a worker process.
@@ -110,7 +115,8 @@ def list_files(
         listed: function that is called with the number of files that are done, the number of files
             that were found so far, and whether these are all.
     """
-    walk = _Walk(inputs, journal, rules, limits.seconds, share, listed)
+    sources = PlacedRows(scratch / "listed", SOURCE_SCHEMA)
+    walk = _Walk(inputs, journal, rules, sources, limits.seconds, share, listed)
     # a file that does not answer is waited for in the worker; its process may take longer
     of_unit = replace(limits, seconds=_LATE_CALLS * limits.seconds)
     of_folder = _LATE_FILES * min(limits.seconds, LEAST_SECONDS) * limits.mb_per_second * 1e6
@@ -213,11 +219,13 @@ class _Walk:
         inputs: IndexInputs,
         journal: Journal,
         rules: ScanRules,
+        sources: PlacedRows,
         seconds: float,
         share: Share,
         listed: Callable[[int, int, bool], None],
     ) -> None:
         self.inputs, self.journal, self.rules, self.share = inputs, journal, rules, share
+        self.sources = sources
         self.seconds = seconds
         self.listed = listed
         self.count = FileCount(inputs.folders, sum(map(len, inputs.files.values())))
@@ -241,9 +249,10 @@ class _Walk:
 
     def result(self) -> Listed:
         """What was found."""
+        self._write_sources()
         counts = Counter(+self.found.passed_over)
         return Listed(
-            *(self.found.sources, counts, bytes(self._current), bytes(self._others)),
+            *(self.sources, counts, bytes(self._current), bytes(self._others)),
             num_files=self.num_files,
             is_whole=self.is_whole,
         )
@@ -257,8 +266,15 @@ class _Walk:
                     yield from self._unit_of(gathered)
                     gathered = _Gathered(gathered.number + 1)
                 gathered.add(chunk)
+            self._write_sources()
             self.show()
         yield from self._unit_of(gathered)
+
+    def _write_sources(self) -> None:
+        """Write the sources that were found since the last call to disk."""
+        for source in self.found.sources:
+            self.sources.append(row_of_source(source))
+        self.found.sources.clear()
 
     def _unit_of(self, gathered: _Gathered) -> Iterator[HeadUnit]:
         """The unit of some chunks, without the files that the journal has; none where it has all,
@@ -310,7 +326,7 @@ class _Walk:
 
     def _folders(self) -> Iterator[tuple[Path, Entries, Entries]]:
         """Each folder with its entries: those that are indexed, and all."""
-        seen: set[tuple[int, int]] = set()
+        seen = SeenFolders()
         with contextlib.suppress(OSError):
             status = os.stat(self.journal.folder)
             seen.add((status.st_dev, status.st_ino))

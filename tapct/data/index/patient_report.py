@@ -2,65 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+
+import numpy as np
+import pyarrow.compute as pc
 
 from tapct.base.counted import counted
-from tapct.data.manifest import ACCEPTED, Row
+from tapct.data.manifest import ACCEPTED, RowTable
+from tapct.data.patients.columns import HASH, hashes
 from tapct.data.patients.identity import NEAR_COPY, SEVERAL_IDS, STAND_IN
 from tapct.data.patients.memory import PatientChanges
 
 CHECK = "check, or give --patient-regex / --patient-column"
 
 
-def lines_about_patients(rows: Sequence[Row]) -> list[str]:
+def lines_about_patients(rows: RowTable) -> list[str]:
     """How many patients were guessed, with an example, how many PatientIDs identify nobody, and how
     many scans have slices of another one or are of a study with several PatientIDs.
 
     Args:
         rows: all rows of a manifest.
     """
-    accepted = [row for row in rows if row.status == ACCEPTED]
-    stand_ins = sum(STAND_IN in row.marks.split(",") for row in accepted)
+    num_accepted = 0
+    marked: Counter[str] = Counter()
+    for table in rows.tables(("status", "marks")):
+        accepted = table.filter(pc.equal(table.column("status"), ACCEPTED))
+        num_accepted += len(accepted)
+        for marks in filter(None, accepted.column("marks").to_pylist()):
+            marked.update(set(marks.split(",")))
     lines = []
+    stand_ins = marked[STAND_IN]
     if stand_ins:
-        of_all = f"{stand_ins} of {counted(len(accepted), 'scan')}"
+        of_all = f"{stand_ins} of {counted(num_accepted, 'scan')}"
         lines.append(
             f"{of_all} {'has' if stand_ins == 1 else 'have'} a PatientID that identifies nobody (a "
             "stand-in such as REMOVED, or the same in all studies); it is not used. If one ID "
             "for all studies is right, give --patient-from header"
         )
-    several = sum(SEVERAL_IDS in row.marks.split(",") for row in accepted)
+    several = marked[SEVERAL_IDS]
     if several:
         verb = "has" if several == 1 else "have"
         lines.append(
             f"{counted(several, 'scan')} {verb} one StudyInstanceUID and several PatientIDs; they "
             "count as one patient. If the PatientIDs are right, give --patient-from header"
         )
-    near = sum(NEAR_COPY in row.marks.split(",") for row in accepted)
+    near = marked[NEAR_COPY]
     if near:
         verb = "has" if near == 1 else "have"
         lines.append(
             f"{counted(near, 'scan')} {verb} slices of another scan, as a cropped copy has; such "
             "scans count as one patient unless --patient-column or --patient-from separates them"
         )
-    guessed = [row for row in accepted if row.patient_from == "guess"]
-    if guessed:
-        lines.append(_guess_line(guessed))
-    return lines
+    return lines + _lines_about_guesses(rows)
 
 
-def _guess_line(guessed: Sequence[Row]) -> str:
-    """The line about scans whose patients were guessed."""
-    first_of: dict[str, Row] = {}
+def _lines_about_guesses(rows: RowTable) -> list[str]:
+    """The line about accepted scans whose patients were guessed; none without them."""
+    places, patients = [np.empty(0, np.int64)], [np.empty(0, HASH)]
+    start = 0
+    for table in rows.tables(("status", "patient_from", "patient")):
+        is_accepted = pc.equal(table.column("status"), ACCEPTED)
+        is_guess = pc.and_(is_accepted, pc.equal(table.column("patient_from"), "guess"))
+        places.append(np.flatnonzero(is_guess.to_numpy()) + start)
+        patients.append(hashes(table.filter(is_guess).column("patient").to_pylist()))
+        start += len(table)
+    place, patient = np.concatenate(places), np.concatenate(patients)
+    if not len(place):
+        return []
+    _, first, of_patient = np.unique(patient, return_index=True, return_inverse=True)
+    is_repeated = np.ones(len(place), bool)
+    is_repeated[first] = False
     example = ""
-    for row in guessed:
-        first = first_of.setdefault(row.patient, row)
-        if first is not row and not example:
-            example = f", e.g. {first.path} and {row.path} as one"
-    return (
-        f"patients guessed from file names: {counted(len(guessed), 'scan')} as "
-        f"{counted(len(first_of), 'patient')}{example}; {CHECK}"
-    )
+    if is_repeated.any():
+        second = int(np.argmax(is_repeated))
+        pair = (int(place[first[of_patient[second]]]), int(place[second]))
+        one, other = (_path_at(rows, each) for each in pair)
+        example = f", e.g. {one} and {other} as one"
+    return [
+        f"patients guessed from file names: {counted(len(place), 'scan')} as "
+        f"{counted(len(first), 'patient')}{example}; {CHECK}"
+    ]
+
+
+def _path_at(rows: RowTable, number: int) -> str:
+    """The path of one row."""
+    for table in rows.tables(("path",)):
+        if number < len(table):
+            return str(table.column("path")[number].as_py())
+        number -= len(table)
+    raise IndexError(number)
 
 
 def lines_about_changes(changes: PatientChanges | None) -> list[str]:

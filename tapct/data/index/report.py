@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from tapct.base.counted import counted
 from tapct.data.index.patient_report import lines_about_changes, lines_about_patients
 from tapct.data.manifest import ACCEPTED, REFUSED, Manifest
@@ -23,7 +25,7 @@ def lines_about(manifest: Manifest, out: Path, min_depth: int) -> Iterator[str]:
     """
     counts = ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items())
     yield f"{counts}: {out}"
-    yield from lines_about_patients(manifest.rows)
+    yield from lines_about_patients(manifest.row_table())
     yield from lines_about_changes(manifest.patient_changes)
     if manifest.label_report is not None:
         yield from manifest.label_report.lines()
@@ -55,10 +57,13 @@ def _lines_about_rows(manifest: Manifest) -> Iterator[str]:
 
 
 def _all_lines_about_rows(manifest: Manifest) -> Iterator[str]:
-    for row in manifest.rows:
-        if row.marks and row.status == ACCEPTED:
-            yield f"  accepted {row.path}, marked {row.marks}"
-        if row.detail:
-            is_refused = row.status == REFUSED
-            name = f"refused {row.path}: {row.reason}" if is_refused else row.path
-            yield f"  {name}: {row.detail}"
+    columns = ("path", "status", "reason", "marks", "detail")
+    for table in manifest.row_table().tables(columns):
+        has_line = (pc.not_equal(table.column(name), "") for name in ("marks", "detail"))
+        for row in table.filter(pc.or_(*has_line)).to_pylist():
+            if row["marks"] and row["status"] == ACCEPTED:
+                yield f"  accepted {row['path']}, marked {row['marks']}"
+            if row["detail"]:
+                is_refused = row["status"] == REFUSED
+                refused = f"refused {row['path']}: {row['reason']}"
+                yield f"  {refused if is_refused else row['path']}: {row['detail']}"

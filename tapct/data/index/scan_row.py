@@ -64,6 +64,7 @@ class ExamineTask:
         labels: path of its label file or folder of masks, or None.
         more_labels: paths of the DICOM objects that are merged with `labels`.
         num_other_labels: number of further label maps that fit the scan and are not used.
+        split: part of the data set that a list gives, see `Row`.
         label_problem: reason for which the labels cannot be used although nobody has read them;
             empty for most.
         known: row of the scan without its labels, from the journal, so that only the labels are
@@ -75,6 +76,7 @@ class ExamineTask:
     labels: Path | None
     more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
+    split: str = ""
     label_problem: str = ""
     known: Examined | None = None
 
@@ -110,9 +112,10 @@ def examine(task: ExamineTask) -> Examined:
 
 
 def with_path(known: Examined, task: ExamineTask) -> Examined:
-    """A row of the journal with what the task gives: its id, path, kind and files."""
+    """A row of the journal with what the task gives: its id, path, kind, files and split."""
     bare = bare_row(task)
-    return replace(known, id=bare.id, path=bare.path, kind=bare.kind, file_paths=bare.file_paths)
+    of_task = {name: getattr(bare, name) for name in ("id", "path", "kind", "file_paths", "split")}
+    return replace(known, **of_task)
 
 
 def grid_of(row: Examined) -> Volume:
@@ -178,7 +181,7 @@ def bare_row(task: ExamineTask) -> Examined:
     files = task.source.files
     file_paths = () if files == (task.source.path,) else tuple(_escaped(task, f) for f in files)
     return Examined(
-        id=scan_id, path=path, kind=task.source.kind, status=REFUSED, file_paths=file_paths
+        *(scan_id, path, task.source.kind, REFUSED), file_paths=file_paths, split=task.split
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 
 from tapct.data.index.examined import Examined
-from tapct.data.index.journal import Journal, Keys, key_of, keys_in
+from tapct.data.index.journal import key_of
 from tapct.data.index.label_files import LabelStamps
 from tapct.data.index.scan_row import ExamineTask, label_paths
 from tapct.data.manifest import ACCEPTED, Row, arrow_type
@@ -26,13 +26,17 @@ _NOT_OF_SCAN = (
     *("duplicate_of", "patient", "patient_from", "split"),
 )
 _OF_SCAN = [field for field in dataclasses.fields(Row) if field.name not in _NOT_OF_SCAN]
+_UNTIL_ALL_ARE_READ = [
+    ("facts", pyarrow.string()),
+    ("mirror_digest", pyarrow.string()),
+    ("sketch", pyarrow.binary()),
+]
 SCAN_SCHEMA = pyarrow.schema(
-    [
-        *((field.name, arrow_type(field)) for field in _OF_SCAN),
-        ("facts", pyarrow.string()),
-        ("mirror_digest", pyarrow.string()),
-        ("sketch", pyarrow.binary()),
-    ]
+    [*((field.name, arrow_type(field)) for field in _OF_SCAN), *_UNTIL_ALL_ARE_READ]
+)
+# of scans while the archive is not examined as a whole
+EXAMINED_SCHEMA = pyarrow.schema(
+    [*((field.name, arrow_type(field)) for field in dataclasses.fields(Row)), *_UNTIL_ALL_ARE_READ]
 )
 LABEL_SCHEMA = pyarrow.schema([("label_digest", pyarrow.string()), ("detail", pyarrow.string())])
 
@@ -62,11 +66,25 @@ def row_of_scan(scan: Examined) -> dict[str, Any]:
     row = {field.name: getattr(scan, field.name) for field in _OF_SCAN}
     if scan.status == ACCEPTED:
         row["detail"] = ""  # of the labels
-    facts = ""
-    if scan.facts is not None:
-        # only what identifies the patient, which is hashed; the rest may be free text
-        facts = json.dumps([scan.facts.patient, dataclasses.astuple(scan.facts.clues)])
+    facts = _facts_text(scan)
     return row | {"facts": facts, "mirror_digest": scan.mirror_digest, "sketch": scan.sketch}
+
+
+def _facts_text(scan: Examined) -> str:
+    """The facts of a scan that identify its patient, which are hashed; the rest may be free text.
+    Empty where it has none.
+    """
+    if scan.facts is None:
+        return ""
+    return json.dumps([scan.facts.patient, dataclasses.astuple(scan.facts.clues)])
+
+
+def facts_of_text(text: str) -> ScanFacts | None:
+    """The facts that the column `facts` holds."""
+    if not text:
+        return None
+    patient, clues = json.loads(text)
+    return ScanFacts(patient, clues=PatientClues(*clues))
 
 
 def scan_of_row(row: Mapping[str, Any]) -> Examined:
@@ -75,11 +93,7 @@ def scan_of_row(row: Mapping[str, Any]) -> Examined:
         field.name: tuple(row[field.name]) if "tuple" in str(field.type) else row[field.name]
         for field in _OF_SCAN
     }
-    facts = None
-    if row["facts"]:
-        patient, clues = json.loads(row["facts"])
-        facts = ScanFacts(patient, clues=PatientClues(*clues))
-    digest, sketch = row["mirror_digest"], row["sketch"]
+    facts, digest, sketch = facts_of_text(row["facts"]), row["mirror_digest"], row["sketch"]
     return Examined(
         id="", path="", kind="", **fields, facts=facts, mirror_digest=digest, sketch=sketch
     )
@@ -106,24 +120,7 @@ def may_change(reason: str, detail: str) -> bool:
     return reason in LOST or CANNOT_BE_READ in detail
 
 
-class JournalRows:
-    """Rows of one kind that the journal has, found by their keys.
-
-    Args:
-        journal: journal of the index.
-        kind: kind of the rows.
-    """
-
-    def __init__(self, journal: Journal, kind: str) -> None:
-        self._table = journal.read(kind)
-        self._keys = Keys(keys_in(self._table))
-
-    def get(self, key: bytes) -> dict[str, Any] | None:
-        """The row with a key; None where there is none."""
-        if not key:
-            return None
-        place = int(self._keys.find(key)[0])
-        if place < 0:
-            return None
-        (row,) = self._table.slice(place, 1).to_pylist()
-        return dict(row)
+def row_of_examined(scan: Examined) -> dict[str, Any]:
+    """The row of a scan with all that `examined` needs."""
+    facts = {"facts": _facts_text(scan), "mirror_digest": scan.mirror_digest, "sketch": scan.sketch}
+    return {field.name: getattr(scan, field.name) for field in dataclasses.fields(Row)} | facts

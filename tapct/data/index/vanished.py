@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from tapct.data.manifest import REFUSED, Manifest, Row
+import numpy as np
+import pyarrow
+import pyarrow.compute as pc
+
+from tapct.data.manifest import REFUSED, Manifest, Row, RowTable
+from tapct.data.patients.columns import is_in, number_of
 
 VANISHED = "vanished"
 
 
-def with_vanished(manifest: Manifest, older: Manifest | None) -> Manifest:
-    """A manifest with a refused row for every scan of an older one that is gone; the row stays
-    until the scan is there again.
+def vanished(
+    ids: np.ndarray, tables: Iterable[pyarrow.Table], older: Manifest, patients: Mapping[str, str]
+) -> list[Row]:
+    """A refused row for every scan of an older manifest that is gone; the row stays until the scan
+    is there again.
 
     Args:
-        manifest: manifest of the archive now.
-        older: manifest that it replaces; None where there is none.
+        ids: `columns.number_of` the ids of the scans that are here.
+        tables: columns path and file_paths of these scans, some at a time.
+        older: manifest of the same archive that is replaced.
+        patients: patients of the scans that are gone, by their ids.
     """
-    if older is None or older.root != manifest.root:
-        return manifest
-    here = {row.id for row in manifest.rows}
-    missing = [row for row in older.rows if row.id not in here]
+    missing = list(_missing(ids, older))
+    if not missing:
+        return []
     # a series whose slices lie in other folders too has another path, and is not gone
-    files = {file for row in missing for file in files_of(row)}
-    found = {file for row in manifest.rows for file in files_of(row) if file in files}
-    patients = {scan.id: scan.patient for scan in manifest.memory.gone}
-    gone = [
+    files = pyarrow.array(sorted({file for row in missing for file in files_of(row)}))
+    found: set[str] = set()
+    for table in tables:
+        is_one_file = pc.equal(pc.list_value_length(table.column("file_paths")), 0)
+        of_series = pc.list_flatten(table.column("file_paths"))
+        for column in (table.column("path").filter(is_one_file), of_series):
+            found.update(column.filter(pc.is_in(column, files)).to_pylist())
+    return [
         _vanished(row, patients.get(row.id, row.patient))
         for row in missing
         if not found.intersection(files_of(row))
     ]
-    if not gone:
-        return manifest
-    rows = sorted([*manifest.rows, *gone], key=lambda row: row.path)
-    return replace(manifest, rows=tuple(rows))
+
+
+def _missing(ids: np.ndarray, older: Manifest) -> Iterator[Row]:
+    """The rows of an older manifest whose scans are not here."""
+    here = np.sort(ids)
+    for table in older.row_table().tables():
+        numbers = np.array([number_of(each) for each in table.column("id").to_pylist()], np.uint64)
+        is_missing = ~is_in(numbers, here)
+        if is_missing.any():
+            yield from RowTable(table.filter(is_missing))
 
 
 def files_of(row: Row) -> tuple[str, ...]:

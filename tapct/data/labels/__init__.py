@@ -6,7 +6,9 @@
 - `report`: the counts that `tapct index` prints
 
 To add another layout: write `labels/layouts/NAME.py` with a function `build(archive)` that returns
-an `archive.Layout`, and add it to `pairing.LAYOUTS`. What a layout knows of the archive is
-`archive.LabelArchive`. A layout decides by names (or by the references of DICOM objects) alone;
-whether the labels lie on the scan's grid is checked later, when both files are read.
+an `archive.Layout`, and a function `sign(source, root)`, and add it to the modules in `pairing`.
+What a layout knows of the archive is `archive.LabelArchive`. A layout decides by names (or by the
+references of DICOM objects) alone; whether the labels lie on the scan's grid is checked later, when
+both files are read. `sign` returns whether a file may be labels by this layout: where none may be,
+the archive is not kept in memory to find pairs.
 """

@@ -26,17 +26,19 @@ from tapct.data.labels.layouts import (
 from tapct.data.search.discover import Source, search
 
 # the first that finds labels is used
-LAYOUTS = (
-    given.build,
-    sibling.build,
-    beside.build,
-    inner_folder.build,
-    mask_folder.build,
-    case_folder.build,
-    numbered.build,
-    bids.build,
-    dicom_objects.build,
+_MODULES = (
+    given,
+    sibling,
+    beside,
+    inner_folder,
+    mask_folder,
+    case_folder,
+    numbered,
+    bids,
+    dicom_objects,
 )
+LAYOUTS = tuple(module.build for module in _MODULES)
+_SIGNS = {module.build: module.sign for module in _MODULES}
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,17 @@ def pair_labels(
         more_of={scan: more_of[scan] for scan in scans if more_of[scan]},
         passed_over=passed_over,
     )
+
+
+def may_hold_labels(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by one of the layouts. Where no source of an archive is, and
+    no folder of labels was given, `pair_labels` finds nothing, and need not be called.
+
+    Args:
+        source: what may be a scan or a label map.
+        root: folder of the archive.
+    """
+    return any(build not in _SIGNS or _SIGNS[build](source, root) for build in LAYOUTS)
 
 
 def _all_found(source: Source, layouts: Sequence[Layout], archive: LabelArchive) -> list[Path]:

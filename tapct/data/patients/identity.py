@@ -20,22 +20,29 @@ is among the hashes.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.data.lazy_rows import LazyRows
 from tapct.data.patients import near_copies
+from tapct.data.patients.columns import HASH, number_of, pairs_of_equal, roots, unique_rows
 from tapct.data.patients.key import keyed_hash
 from tapct.data.patients.names import bids_subject, guessed_identifier, person_and_visit
 from tapct.data.patients.stand_ins import canonical_id, is_stand_in
-from tapct.types import ScanFacts
+from tapct.types import PatientClues, ScanFacts
 
 SOURCES = ("column", "folder", "header", "regex", "bids", "side_car", "study", "guess")
 STAND_IN = "patient_stand_in"  # mark of a scan whose PatientID identifies nobody
 SEVERAL_IDS = "several_patient_ids"  # mark of the scans of one study with several PatientIDs
 NEAR_COPY = "near_copy"  # mark of a scan that has slices of another one
+NO_SOURCE = 255  # in place of the number of a rule, where the scan could not be read
+_HASH_BYTES = 16
 _BY_USER = ("column", "folder")  # rules by which the user names the patient of each scan
 
 
@@ -103,83 +110,195 @@ class Identified:
     given: str = ""
 
 
-def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]:
-    """Identify the patients of a whole archive.
+class Patients(LazyRows[Identified]):
+    """The patients of all scans of an archive, as columns.
 
     Args:
-        scans: all scans of the archive, accepted and refused.
-        rules: rules of the archive.
-    Returns:
-        One patient per scan, in the same order.
+        hashes, given: keyed hashes, see `columns.HASH`; empty where the scan could not be read.
+        sources: numbers of the rules in SOURCES; `NO_SOURCE` where the scan could not be read.
+        has_stand_in, has_several_ids, has_near_copy: bool, as in `Identified`.
     """
-    same_for_all = set() if rules.trusts_header else _same_for_all(scans, rules)
-    found = [_first_rule(scan, rules, same_for_all) for scan in scans]
-    joined = _Joined(found)
-    _join_scans(scans, found, rules, joined.join)
-    several = _join_studies(scans, found, rules, joined.join)
-    _join_series(scans, found, rules, joined.join)
-    near = _join_near_copies(scans, found, rules, joined.join)
-    patients = []
-    for number, (scan, patient) in enumerate(zip(scans, found)):
-        is_stand_in = scan.facts is not None and (
-            scan.facts.clues.has_stand_in or scan.facts.patient in same_for_all
+
+    def __init__(
+        self,
+        hashes: np.ndarray,
+        given: np.ndarray,
+        sources: np.ndarray,
+        has_stand_in: np.ndarray,
+        has_several_ids: np.ndarray,
+        has_near_copy: np.ndarray,
+    ) -> None:
+        self.hashes, self.given, self.sources = hashes, given, sources
+        self.has_stand_in, self.has_several_ids = has_stand_in, has_several_ids
+        self.has_near_copy = has_near_copy
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def row(self, i: int) -> Identified:
+        """The patient of scan i."""
+        number = int(self.sources[i])
+        return Identified(
+            self.hashes[i].decode(),
+            "" if number == NO_SOURCE else SOURCES[number],
+            bool(self.has_stand_in[i]),
+            bool(self.has_several_ids[i]),
+            bool(self.has_near_copy[i]),
+            self.given[i].decode(),
         )
-        has_several_ids = scan.facts is not None and scan.facts.clues.study in several
-        name = joined.name_of(patient.hash)
-        patients.append(
-            Identified(
-                name,
-                patient.source,
-                is_stand_in,
-                has_several_ids,
-                has_near_copy=number in near,
-                given=patient.hash,
-            )
-        )
-    return patients
 
 
-def _same_for_all(scans: Iterable[Known], rules: PatientRules) -> set[str]:
+class _Clues:
+    """What is known of all scans, in some bytes per scan.
+
+    Args:
+        scans, rules: as in `patients_of`.
+        sketches: without any; gets those of all scans.
+    Attributes:
+        is_read: bool, whether the scan could be read.
+        study, series, pseudonym, digest: `number_of` these texts.
+        guess: keyed hash of the identifier that the names on the path suggest.
+        given, sources: keyed hash and number of the rule by the first rule that applies.
+        has_stand_in: bool, whether the PatientID identifies nobody.
+    """
+
+    def __init__(
+        self, scans: Iterable[Known], rules: PatientRules, sketches: near_copies.Sketches
+    ) -> None:
+        self.sketches = sketches
+        columns = {name: array("Q") for name in ("study", "series", "pseudonym", "digest")}
+        is_read, guesses = bytearray(), bytearray()
+        same_for_all = _SameForAll()
+        for scan in scans:
+            facts, clues = scan.facts, PatientClues() if scan.facts is None else scan.facts.clues
+            guess = "" if facts is None else _guess(scan, rules)
+            for name in ("study", "series", "pseudonym"):
+                columns[name].append(number_of(getattr(clues, name)))
+            columns["digest"].append(number_of(scan.digest))
+            is_read.append(facts is not None)
+            guesses += guess.encode().ljust(_HASH_BYTES, b"\0")
+            self.sketches.add(scan.sketch)
+            if facts is not None and not rules.trusts_header:
+                same_for_all.add(facts.patient, clues.study or guess)
+        arrays = [np.frombuffer(column, np.uint64) for column in columns.values()]
+        self.study, self.series, self.pseudonym, self.digest = arrays
+        self.is_read = np.frombuffer(is_read, bool)
+        self.guess = np.frombuffer(guesses, HASH)
+        self._find_first_rules(scans, rules, same_for_all.patient)
+
+    def _find_first_rules(
+        self, scans: Iterable[Known], rules: PatientRules, same_for_all: str
+    ) -> None:
+        given, sources, has_stand_in = bytearray(), bytearray(), bytearray()
+        is_visit = bytearray()
+        for scan, guess in zip(scans, self.guess):
+            patient, source = _first_rule(scan, guess.decode(), rules, same_for_all)
+            given += patient.encode().ljust(_HASH_BYTES, b"\0")
+            sources.append(SOURCES.index(source) if source else NO_SOURCE)
+            facts = scan.facts
+            is_same = facts is not None and facts.patient != "" and facts.patient == same_for_all
+            has_stand_in.append(facts is not None and (facts.clues.has_stand_in or is_same))
+            is_visit.append(source == "study" and _is_visit(scan, rules))
+        self.given, self.sources = np.frombuffer(given, HASH), np.frombuffer(sources, np.uint8)
+        self.has_stand_in = np.frombuffer(has_stand_in, bool)
+        self.is_visit = np.frombuffer(is_visit, bool)
+
+    def has_rule(self, names: Iterable[str]) -> np.ndarray:
+        """Whether one of some rules gave the patient of each scan; bool."""
+        return np.isin(self.sources, [SOURCES.index(name) for name in names])
+
+
+class _SameForAll:
     """The PatientID that identifies nobody, because all of several studies have the same one.
 
     Headers and side-cars count together: one patient with two DICOM studies among others with
     side-cars is a patient.
     """
-    studies: set[str] = set()
-    ids: set[str] = set()
-    for scan in scans:
-        if scan.facts is not None and scan.facts.patient:
-            ids.add(scan.facts.patient)
-            studies.add(scan.facts.clues.study or _guess(scan, rules))
-    return ids if len(ids) == 1 and len(studies) > 1 else set()
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._studies: set[str] = set()
+
+    def add(self, patient: str, study: str) -> None:
+        """Add a scan; two different values of each are enough to know."""
+        if patient:
+            for known, value in ((self._ids, patient), (self._studies, study)):
+                if len(known) < 2:
+                    known.add(value)
+
+    @property
+    def patient(self) -> str:
+        """The PatientID; empty where there is none."""
+        is_same = len(self._ids) == 1 and len(self._studies) > 1
+        return next(iter(self._ids)) if is_same else ""
 
 
-def _first_rule(scan: Known, rules: PatientRules, same_for_all: set[str]) -> Identified:
-    """The patient of a scan by the first rule that applies to it."""
+def patients_of(
+    scans: Iterable[Known], rules: PatientRules, scratch: Path | None = None
+) -> Patients:
+    """Identify the patients of a whole archive.
+
+    Args:
+        scans: all scans of the archive, accepted and refused; they are asked for twice.
+        rules: rules of the archive.
+        scratch: folder for a temporary file; None for that of the system.
+    Returns:
+        One patient per scan, in the same order.
+    """
+    with near_copies.Sketches(scratch) as sketches:
+        clues = _Clues(scans, rules, sketches)
+        joined = _Joined(clues.given, clues.sources)
+        _join_scans(clues, joined.join)
+        several = _join_studies(clues, rules, joined.join)
+        _join_series(clues, rules, joined.join)
+        has_near_copy = _join_near_copies(clues, rules, joined.join)
+    has_several_ids = clues.is_read & np.isin(clues.study, several)
+    return Patients(
+        *(joined.names(), clues.given, clues.sources),
+        *(clues.has_stand_in, has_several_ids, has_near_copy),
+    )
+
+
+def _first_rule(scan: Known, guess: str, rules: PatientRules, same_for_all: str) -> tuple[str, str]:
+    """The patient of a scan by the first rule that applies to it, and the name of the rule; both
+    are empty where the scan could not be read.
+
+    Args:
+        scan: scan.
+        guess: `_guess` of it.
+        rules: rules of the archive.
+        same_for_all: PatientID that identifies nobody, or empty.
+    """
     if scan.facts is None:
-        return Identified()
+        return "", ""
     relative = scan.path.relative_to(rules.root)
     clues = scan.facts.clues
     in_column = rules.column.get(relative.as_posix(), "")
     if in_column:
-        return Identified(_hash_of_name(rules, in_column), "column")
+        return _hash_of_name(rules, in_column), "column"
     folders = relative.parts if scan.is_series else relative.parts[:-1]
     if 0 < rules.folder <= len(folders):
-        return Identified(_hash_of_name(rules, folders[rules.folder - 1]), "folder")
-    from_id = "" if scan.facts.patient in same_for_all else scan.facts.patient
+        return _hash_of_name(rules, folders[rules.folder - 1]), "folder"
+    from_id = "" if scan.facts.patient == same_for_all else scan.facts.patient
     if from_id and clues.patient_from == "header":
-        return Identified(from_id, "header")
+        return from_id, "header"
     match = re.search(rules.regex, relative.as_posix()) if rules.regex and not from_id else None
     if match and match[1]:
-        return Identified(_hash_of_name(rules, match[1]), "regex")
+        return _hash_of_name(rules, match[1]), "regex"
     subject = bids_subject(relative)
     if subject:
-        return Identified(_hash_of_name(rules, subject), "bids")
+        return _hash_of_name(rules, subject), "bids"
     if from_id:
-        return Identified(from_id, "side_car")
+        return from_id, "side_car"
     if clues.study:
-        return Identified(clues.study, "study")
-    return Identified(_guess(scan, rules), "guess")
+        return clues.study, "study"
+    return guess, "guess"
+
+
+def _is_visit(scan: Known, rules: PatientRules) -> bool:
+    """Whether the names on a scan's path are those of a person and of a visit."""
+    relative = scan.path.relative_to(rules.root)
+    return bool(person_and_visit(relative, is_series=scan.is_series))
 
 
 def _guess(scan: Known, rules: PatientRules) -> str:
@@ -194,166 +313,161 @@ def _hash_of_name(rules: PatientRules, name: str) -> str:
     return keyed_hash(rules.key, canonical_id(name) or name)
 
 
-def _join_scans(
-    scans: Sequence[Known],
-    found: Sequence[Identified],
-    rules: PatientRules,
-    join: Callable[[str, str], None],
-) -> None:
+Join: TypeAlias = Callable[[np.ndarray, np.ndarray], None]
+
+
+def _join_scans(clues: _Clues, join: Join) -> None:
     """Join the patients of scans that must be of one person.
 
     Args:
-        scans, rules: as in `patients_of`.
-        found: patient of each scan by the first rule.
-        join: function that joins two patients.
+        clues: what is known of all scans.
+        join: function that joins patients of one array with those of another one, one by one.
     """
-    pseudonyms = {scan.facts.clues.pseudonym for scan in scans if scan.facts is not None} - {""}
-    by_digest: dict[str, str] = {}
-    by_pseudonym: dict[str, str] = {}
-    by_guess: dict[str, set[str]] = defaultdict(set)
-    for scan, patient in zip(scans, found):
-        if scan.facts is None:
-            continue
-        clues = scan.facts.clues
-        if scan.digest:  # copies, in whatever format and under whatever name
-            join(by_digest.setdefault(scan.digest, patient.hash), patient.hash)
-        # one number for all identifies nobody; several may count patients
-        if clues.pseudonym and len(pseudonyms) > 1:
-            join(by_pseudonym.setdefault(clues.pseudonym, patient.hash), patient.hash)
-        if patient.source in ("header", "bids", "side_car", "study"):
-            by_guess[_guess(scan, rules)].add(patient.hash)
-        if patient.source == "study":
-            relative = scan.path.relative_to(rules.root)
-            if person_and_visit(relative, is_series=scan.is_series):
-                join(_guess(scan, rules), patient.hash)
-    for patient in found:
-        # the folder of one known patient; a folder of several is not a person
-        if patient.source == "guess" and len(by_guess[patient.hash]) == 1:
-            join(next(iter(by_guess[patient.hash])), patient.hash)
+    given = clues.given
+    # copies, in whatever format and under whatever name
+    columns = [clues.digest]
+    # one number for all identifies nobody; several may count patients
+    if len(np.unique(clues.pseudonym[clues.is_read & (clues.pseudonym != 0)])) > 1:
+        columns.append(clues.pseudonym)
+    for column in columns:
+        one, other = pairs_of_equal(column, clues.is_read)
+        join(given[one], given[other])
+    join(clues.guess[clues.is_visit], given[clues.is_visit])
+    # the folder of one known patient; a folder of several is not a person
+    is_known = clues.has_rule(("header", "bids", "side_car", "study"))
+    guesses, patients = unique_rows(clues.guess[is_known], given[is_known])
+    folders, first, counts = np.unique(guesses, return_index=True, return_counts=True)
+    guessed = np.unique(given[clues.has_rule(("guess",))])
+    places = np.searchsorted(folders, guessed)
+    places[places == len(folders)] = 0
+    if len(folders):
+        is_person = (folders[places] == guessed) & (counts[places] == 1)
+        join(patients[first[places[is_person]]], guessed[is_person])
 
 
-def _join_studies(
-    scans: Sequence[Known],
-    found: Sequence[Identified],
-    rules: PatientRules,
-    join: Callable[[str, str], None],
-) -> set[str]:
+def _sure(rules: PatientRules) -> tuple[str, ...]:
+    """Rules whose patients are right, whatever the studies and voxels show."""
+    return (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
+
+
+def _join_studies(clues: _Clues, rules: PatientRules, join: Join) -> np.ndarray:
     """Join the patients of one study, whatever their identifiers.
 
     Patients that the user named for each scan stay apart, and so do several PatientIDs
     where the user trusts them.
 
     Args:
-        scans, found, rules, join: as in `_join_scans`.
+        clues, join: as in `_join_scans`.
+        rules: rules of the archive.
     Returns:
-        Studies of which several identifiers were joined.
+        Numbers of the studies of which several identifiers were joined.
     """
-    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
-    named: dict[str, set[str]] = defaultdict(set)
-    doubtful: dict[str, set[str]] = defaultdict(set)
-    without_id: dict[str, set[str]] = defaultdict(set)
-    for scan, patient in zip(scans, found):
-        if scan.facts is None or not scan.facts.clues.study:
+    has_study = clues.is_read & (clues.study != 0)
+    # 0: named by the user, 1: doubtful, 2: without an identifier
+    sort = np.where(clues.has_rule(("study",)), 2, 1)
+    sort[clues.has_rule(_sure(rules))] = 0
+    studies, sorts, patients = unique_rows(
+        clues.study[has_study], sort[has_study], clues.given[has_study]
+    )
+    names, starts, counts = np.unique(studies, return_index=True, return_counts=True)
+    several: list[int] = []
+    pairs: list[tuple[bytes, bytes]] = []
+    for study, start, count in zip(names, starts, counts):
+        if count < 2:
             continue
-        sort = without_id if patient.source == "study" else doubtful
-        sort = named if patient.source in sure else sort
-        sort[scan.facts.clues.study].add(patient.hash)
-    several = set()
-    for study in {*named, *doubtful, *without_id}:
-        members = sorted(doubtful[study])
-        if len(named[study]) == 1:
-            members = sorted(named[study] | doubtful[study])
+        of_study = slice(start, start + count)
+        named, doubtful, without_id = (
+            patients[of_study][sorts[of_study] == number].tolist() for number in range(3)
+        )
+        members = doubtful
+        if len(named) == 1:
+            members = sorted({*named, *doubtful})
         if len(members) > 1:
-            several.add(study)
-        if len(named[study]) < 2:
-            members += sorted(without_id[study])
-        for other in members[1:]:
-            join(members[0], other)
-    return several
+            several.append(int(study))
+        if len(named) < 2:
+            members = members + without_id
+        pairs += [(members[0], other) for other in members[1:]]
+    joined = np.array(pairs, HASH).reshape(-1, 2)
+    join(joined[:, 0], joined[:, 1])
+    return np.array(several, np.uint64)
 
 
-def _join_series(
-    scans: Sequence[Known],
-    found: Sequence[Identified],
-    rules: PatientRules,
-    join: Callable[[str, str], None],
-) -> None:
+def _join_series(clues: _Clues, rules: PatientRules, join: Join) -> None:
     """Join the patients of one series where no study separates them.
 
     Some anonymisation software gives all series one UID, so series of different studies and a UID
     that all series have join nobody.
 
     Args:
-        scans, found, rules, join: as in `_join_scans`.
+        clues, rules, join: as in `_join_studies`.
     """
-    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
-    members: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for scan, patient in zip(scans, found):
-        if scan.facts is not None and scan.facts.clues.series and patient.source not in sure:
-            members[scan.facts.clues.series].append((scan.facts.clues.study, patient.hash))
-    if len(members) < 2:
+    is_in = clues.is_read & (clues.series != 0) & ~clues.has_rule(_sure(rules))
+    if len(np.unique(clues.series[is_in])) < 2:
         return
-    for series in members.values():
-        if len({study for study, _ in series} - {""}) < 2:
-            for _, other in series[1:]:
-                join(series[0][1], other)
+    has_study = is_in & (clues.study != 0)
+    series, _ = unique_rows(clues.series[has_study], clues.study[has_study])
+    names, counts = np.unique(series, return_counts=True)
+    is_in &= ~np.isin(clues.series, names[counts > 1])
+    one, other = pairs_of_equal(clues.series, is_in)
+    join(clues.given[one], clues.given[other])
 
 
-def _join_near_copies(
-    scans: Sequence[Known],
-    found: Sequence[Identified],
-    rules: PatientRules,
-    join: Callable[[str, str], None],
-) -> set[int]:
+def _join_near_copies(clues: _Clues, rules: PatientRules, join: Join) -> np.ndarray:
     """Join the patients of scans that share slices, unless the user named both of them.
 
     Args:
-        scans, found, rules, join: as in `_join_scans`.
+        clues, rules, join: as in `_join_studies`.
     Returns:
-        Numbers of the scans that share slices with a scan that is no whole copy of them.
+        bool: whether a scan shares slices with a scan that is no whole copy of it.
     """
-    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
-    near = set()
-    for one, other in near_copies.pairs([scan.sketch for scan in scans]):
-        if not (found[one].hash and found[other].hash):
-            continue
-        if scans[one].digest != scans[other].digest:
-            near |= {one, other}
-        if found[one].source not in sure or found[other].source not in sure:
-            join(found[one].hash, found[other].hash)
-    return near
+    one, other = clues.sketches.pairs().T
+    is_read = clues.is_read[one] & clues.is_read[other]
+    one, other = one[is_read], other[is_read]
+    has_near_copy = np.zeros(len(clues.given), bool)
+    differ = clues.digest[one] != clues.digest[other]
+    has_near_copy[one[differ]] = has_near_copy[other[differ]] = True
+    is_sure = clues.has_rule(_sure(rules))
+    is_joined = ~(is_sure[one] & is_sure[other])
+    join(clues.given[one[is_joined]], clues.given[other[is_joined]])
+    return has_near_copy
 
 
 class _Joined:
     """Sets of patients that are one; each is named after the member that the best rule gave.
 
     Args:
-        found: patient of each scan by the first rule.
+        given, sources: as in `_Clues`.
     """
 
-    def __init__(self, found: Iterable[Identified]) -> None:
-        self._parent: dict[str, str] = {}
-        self._rank: dict[str, int] = {}
-        for patient in found:
-            if patient.hash:
-                rank = SOURCES.index(patient.source)
-                self._rank[patient.hash] = min(rank, self._rank.get(patient.hash, rank))
+    def __init__(self, given: np.ndarray, sources: np.ndarray) -> None:
+        self._given, self._sources = given, sources
+        self._ones, self._others = [np.empty(0, HASH)], [np.empty(0, HASH)]
 
-    def name_of(self, patient: str) -> str:
-        """The patient after whom the set of this one is named."""
-        while patient in self._parent:
-            patient = self._parent[patient]
-        return patient
+    def join(self, ones: np.ndarray, others: np.ndarray) -> None:
+        """Join the sets of patients of one array with those of another one, one by one."""
+        differ = ones != others
+        self._ones.append(ones[differ])
+        self._others.append(others[differ])
 
-    def join(self, one: str, other: str) -> None:
-        """Join the sets of two patients."""
-        one, other = self.name_of(one), self.name_of(other)
-        if one != other:
-            first, second = sorted((one, other), key=lambda name: (self._place(name), name))
-            self._parent[second] = first
-
-    def _place(self, patient: str) -> int:
-        return self._rank.get(patient, len(SOURCES))
+    def names(self) -> np.ndarray:
+        """The patient after whom the set of each scan's patient is named; empty without one."""
+        ones, others = np.concatenate(self._ones), np.concatenate(self._others)
+        if not len(ones):
+            return self._given
+        members = np.unique(np.concatenate([ones, others]))
+        is_member = np.isin(self._given, members)
+        places = np.searchsorted(members, self._given[is_member])
+        ranks = np.full(len(members), len(SOURCES), np.uint8)
+        np.minimum.at(ranks, places, self._sources[is_member])
+        # in the order of the rules, so that the first member of a set is its name
+        order = np.lexsort((members, ranks))
+        place_of = np.empty(len(members), np.int64)
+        place_of[order] = np.arange(len(members))
+        pairs = (place_of[np.searchsorted(members, each)] for each in (ones, others))
+        root = roots(len(members), *pairs)
+        names = self._given.copy()
+        names[is_member] = members[order][root[place_of[places]]]
+        return names
 
 
 def hash_of_patient_id(patient_id: str, key: bytes | None) -> str:

@@ -13,7 +13,10 @@ of one third is missed with a probability of (2/3)^32 = 2e-6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +24,7 @@ _ABOVE_HU = -500  # above the air around the body and its noise
 SLICES = 4  # neighbouring slices that must agree
 SKETCH = 32  # hashes in a sketch
 _BLOCK_VOXELS = 1 << 17
+_HASHES_AT_ONCE = 1 << 20  # that are compared at once
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9)  # odd constants of SplitMix64, see base/hashing.py
 
 
@@ -66,15 +70,68 @@ def _hashes(groups_N4: np.ndarray) -> np.ndarray:
     return state
 
 
-def pairs(sketches: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+class Sketches:
+    """The sketches of an archive, on disk: 256 bytes a scan are too many for the memory. Its `with`
+    block closes the temporary file, which removes it.
+
+    Args:
+        folder: folder of the temporary file; None for that of the system.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self._counts = array("i")  # of hashes, by scan
+
+    def __enter__(self) -> Sketches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, content: bytes) -> None:
+        """Add the sketch of the next scan; empty for none."""
+        self._counts.append(len(content) // 8)
+        self._file.write(content)
+
+    def pairs(self) -> np.ndarray:
+        """Numbers of near copies, each with the next one that shares a hash with it; int64, two
+        columns, sorted.
+        """
+        self._file.flush()
+        ends = np.cumsum(np.frombuffer(self._counts, np.int32), dtype=np.int64)
+        num_parts = 1 + int(ends[-1] if len(ends) else 0) // _HASHES_AT_ONCE
+        found = [np.empty((0, 2), np.int64)]
+        for part in range(num_parts):  # equal hashes are in the same part
+            hashes, places = self._part(part, num_parts)
+            order = np.argsort(hashes, kind="stable")
+            hashes = hashes[order]
+            owners = np.searchsorted(ends, places[order], side="right")
+            is_shared = hashes[1:] == hashes[:-1]
+            found.append(np.stack([owners[:-1][is_shared], owners[1:][is_shared]], axis=1))
+        return np.unique(np.concatenate(found), axis=0)
+
+    def _part(self, part: int, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of one part of all, and their places in the file."""
+        self._file.seek(0)
+        hashes, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        start = 0
+        while content := self._file.read(8 * _HASHES_AT_ONCE):
+            block = np.frombuffer(content, np.uint64)
+            chosen = np.flatnonzero(block % np.uint64(num_parts) == part)
+            hashes.append(block[chosen])
+            places.append(chosen + start)
+            start += len(block)
+        return np.concatenate(hashes), np.concatenate(places)
+
+
+def pairs(sketches: Iterable[bytes]) -> Iterator[tuple[int, int]]:
     """Numbers of near copies, each with the next one that shares a hash with it.
 
     Args:
         sketches: `sketch` of every scan of an archive; empty for none.
     """
-    hashes = np.frombuffer(b"".join(sketches), np.uint64)
-    owners = np.repeat(np.arange(len(sketches)), [len(each) // 8 for each in sketches])
-    order = np.argsort(hashes, kind="stable")
-    is_shared = hashes[order][1:] == hashes[order][:-1]
-    found = np.stack([owners[order][:-1][is_shared], owners[order][1:][is_shared]], axis=1)
-    yield from map(tuple, np.unique(found, axis=0).tolist())
+    with Sketches() as all_sketches:
+        for each in sketches:
+            all_sketches.add(each)
+        found = all_sketches.pairs().tolist()
+    yield from map(tuple, found)

@@ -19,6 +19,7 @@ from tapct.data.search import folder_entries, series
 from tapct.data.search import passed_over as passed
 from tapct.data.search.folder_entries import Entries
 from tapct.data.search.frame_numbers import with_frames, without_frames
+from tapct.data.search.seen_folders import SeenFolders
 from tapct.data.workers.time_limit import NoAnswer, TimeLimit
 from tapct.types import Refused
 
@@ -212,19 +213,24 @@ def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> So
 
 
 def folders_below(
-    root: Path, found: SearchState, seen: set[tuple[int, int]] | None = None
+    root: Path, found: SearchState, seen: SeenFolders | None = None
 ) -> Iterator[tuple[Path, Entries]]:
     """`root` and all folders below it that are not hidden, each once, with what they hold.
 
     Args:
         root: folder to start from.
         found: everything that was found so far; folders that cannot be listed are added.
-        seen: identities of folders that were visited before, to which these are added.
+        seen: folders that were visited before, to which these are added.
     """
-    seen = set() if seen is None else seen
-    todo = [root]
+    seen = SeenFolders() if seen is None else seen
+    # a folder and the names in it that wait: a million paths would need more memory than names
+    todo = [(root, [""])]
     while todo:
-        folder = todo.pop()
+        parent, waiting = todo[-1]
+        if not waiting:
+            todo.pop()
+            continue
+        folder = parent / waiting.pop()
         try:
             entries = found.limit.call(folder_entries.read, folder)
         except NoAnswer as late:
@@ -238,7 +244,7 @@ def folders_below(
             continue
         seen.add(entries.identity)
         found.passed_over.update(entries.passed_over)
-        todo += [folder / name for name in reversed(entries.folders)]
+        todo.append((folder, list(reversed(entries.folders))))
         yield folder, entries
 
 
@@ -398,7 +404,7 @@ def _listing(root: Path, found: SearchState, derived: bool) -> Listing:
         else:
             sources.append(source)
     parts = [StackFiles.of(stack) for stack in series.stacks_of(slices, derived=derived)]
-    sources += sources_of_parts(parts)
+    sources += _sources_of_parts(parts)
     return Listing(in_order(root, sources), dict(+found.passed_over))
 
 
@@ -453,36 +459,40 @@ class StackFiles:
         folders = frozenset(file.parent for file in files)
         return cls(files, folders, frames, stack.reason, stack.detail, stack.mark)
 
+    def source(self, num_stacks: int, num_whole: int) -> Source:
+        """The source of this stack.
 
-def sources_of_parts(parts: Sequence[StackFiles]) -> list[Source]:
-    """Sources of the stacks of slices.
+        It is called by its folder where that holds this whole stack alone, or nothing but this one;
+        else by its first file.
 
-    A stack is called by its folder where that holds this whole stack alone, or nothing but this
-    one; else by its first file.
-    """
+        Args:
+            num_stacks: number of stacks with files in its folder.
+            num_whole: number of them that are whole; both count for a stack in one folder alone.
+        """
+        (home, *more) = self.folders
+        if self.frames:
+            path = with_frames(self.files[0], self.frames)
+        elif not more and (num_stacks == 1 or (not self.reason and num_whole == 1)):
+            path = home
+        else:
+            path = min(self.files)
+        return Source(
+            *(path, DICOM.name, self.files, self.reason, self.detail, self.mark),
+            frames=self.frames,
+            stamp=self.stamp,
+        )
+
+
+def _sources_of_parts(parts: Sequence[StackFiles]) -> list[Source]:
+    """Sources of the stacks of slices."""
     num_stacks: Counter[Path] = Counter()
     num_whole: Counter[Path] = Counter()
     for part in parts:
         num_stacks.update(part.folders)
         if not part.reason:
             num_whole.update(part.folders)
-    sources = []
-    for part in parts:
-        (home, *more) = part.folders
-        if part.frames:
-            path = with_frames(part.files[0], part.frames)
-        elif not more and (num_stacks[home] == 1 or (not part.reason and num_whole[home] == 1)):
-            path = home
-        else:
-            path = min(part.files)
-        sources.append(
-            Source(
-                *(path, DICOM.name, part.files, part.reason, part.detail, part.mark),
-                frames=part.frames,
-                stamp=part.stamp,
-            )
-        )
-    return sources
+    homes = [next(iter(part.folders)) for part in parts]
+    return [part.source(num_stacks[home], num_whole[home]) for part, home in zip(parts, homes)]
 
 
 def _frames_of(stack: series.Stack) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from tapct.data.search.seen_folders import SeenFolders
+
 
 class FileCount:
     """Counts regular files below some folders in a thread; hidden ones are left out.
@@ -36,22 +38,26 @@ class FileCount:
         self._is_closed = True
 
     def _count(self) -> None:
-        seen: set[tuple[int, int]] = set()
-        todo = list(self._folders)
+        seen = SeenFolders()
+        todo = [(folder, [""]) for folder in self._folders]  # each with the names that wait
         while todo and not self._is_closed:
-            folder = todo.pop()
+            parent, waiting = todo[-1]
+            if not waiting:
+                todo.pop()
+                continue
+            folder = parent / waiting.pop()
             try:
                 status = os.stat(folder)
                 identity = (status.st_dev, status.st_ino)
                 if identity not in seen:  # links may lead to a folder twice
                     seen.add(identity)
-                    todo += self._below(folder)
+                    todo.append((folder, self._below(folder)))
             except OSError:
                 continue  # the listing reports a folder that cannot be listed
         self.is_complete = not todo
 
-    def _below(self, folder: Path) -> list[Path]:
-        """Count the files of one folder; the folders in it."""
+    def _below(self, folder: Path) -> list[str]:
+        """Count the files of one folder; the names of the folders in it."""
         folders = []
         num_files = 0
         with os.scandir(folder) as entries:
@@ -60,7 +66,7 @@ class FileCount:
                     continue
                 try:
                     if entry.is_dir():
-                        folders.append(folder / entry.name)
+                        folders.append(entry.name)
                     elif entry.is_file():
                         num_files += 1
                 except OSError:

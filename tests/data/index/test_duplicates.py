@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from scan_files import LPS, noise_ct, save_labels, save_scan, write_nifti
 
 from tapct.data.index.build import build_manifest
-from tapct.data.index.duplicates import mirror_digest
+from tapct.data.index.duplicates import Copies, mirror_digest
 from tapct.data.manifest import Row
 
 
@@ -80,3 +84,53 @@ def test_a_mirror_digest_is_that_of_flips_and_turns_and_of_no_other_scan() -> No
     changed[0, 0, 0] += 1
     digests = {mirror_digest(each) for each in (hu_ZYX, changed, *others)}
     assert len(digests) == 6
+
+
+def plain_refusals(rows: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
+    """Reason and kept copy of each refused scan, each compared with all others."""
+    refused = {}
+    accepted = [i for i, row in enumerate(rows) if row["status"] == "accepted"]
+    for i in accepted:
+        voxels = rows[i]["mirror_digest"] or rows[i]["digest"]
+        group = [k for k in accepted if (rows[k]["mirror_digest"] or rows[k]["digest"]) == voxels]
+        first = rows[group[0]]
+        if any(rows[k]["digest"] != first["digest"] for k in group) or any(
+            abs(rows[k]["spacing_z_mm"] / first["spacing_z_mm"] - 1) > 0.01 for k in group
+        ):
+            refused[i] = ("contradictory_geometry", "")
+        elif len(group) > 1:
+            kept = next((k for k in group if rows[k]["label_path"]), group[0])
+            if kept != i:
+                refused[i] = ("duplicate", rows[kept]["id"])
+    return refused
+
+
+def test_copies_are_those_of_a_comparison_of_all_pairs() -> None:
+    draw, num = random.Random(0), Counter[str]()
+    for _ in range(200):
+        rows = []
+        for number in range(draw.randrange(1, 15)):
+            voxels = draw.randrange(6)
+            rows.append(
+                {
+                    **{
+                        "id": f"{number:016x}",
+                        "status": draw.choice(["accepted"] * 4 + ["refused"]),
+                    },
+                    "digest": f"{voxels}{draw.choice('0000001')}",
+                    "mirror_digest": draw.choice([f"m{voxels}"] * 9 + [""]),
+                    "label_path": draw.choice(["", "", "labels"]),
+                    "spacing_z_mm": draw.choice([2.0] * 9 + [3.0]),
+                    **{"spacing_y_mm": 1.0, "spacing_x_mm": 1.0},
+                }
+            )
+        table = pyarrow.Table.from_pylist(rows)
+        step = draw.randrange(1, 6)
+        parts = [table.slice(start, step) for start in range(0, len(table), step)]
+        copies = Copies(lambda parts=parts: parts)  # type: ignore[misc]
+        middle = draw.randrange(len(rows) + 1)
+        found = [*copies.refusals(0, middle), *copies.refusals(middle, len(rows))]
+        expected = plain_refusals(rows)
+        assert {i: (each.reason, each.duplicate_of) for i, each in found} == expected
+        num.update(reason for reason, _ in expected.values())
+    assert num["duplicate"] > 100 and num["contradictory_geometry"] > 100

@@ -177,7 +177,7 @@ def test_a_scan_that_is_gone_stays_as_a_refused_row_until_it_is_back(archive: Pa
         (gone,) = [row for row in after.rows if row.reason == "vanished"]
         assert (gone.path, gone.status) == ("nifti/c2.nii.gz", "refused")
         assert len(after.rows) == len(before.rows)
-        rest = dataclasses.replace(after, rows=tuple(r for r in after.rows if r is not gone))
+        rest = dataclasses.replace(after, rows=tuple(r for r in after.rows if r.id != gone.id))
         assert rows_of(rest) == rows_of(fresh(archive, out))
     shutil.move(aside, archive / "nifti" / "c2.nii.gz")
     assert rows_of(build_manifest(archive, out)) == rows_of(before)

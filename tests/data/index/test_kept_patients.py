@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from shell import Shell
 from shell import shell as shell  # a fixture
 
 from tapct.base.exits import UserError
+from tapct.data.index import kept_patients
 from tapct.data.index.build import build_manifest
-from tapct.data.index.kept_patients import KEPT, KeepRules, keep_patients
+from tapct.data.index.kept_patients import KEPT, RULES, KeepRules, ScanPatients
 from tapct.data.index.patient_report import lines_about_changes
 from tapct.data.manifest import Manifest, Row, write_table
+from tapct.data.patients.columns import hashes
 from tapct.data.patients.identity import SOURCES, Known, PatientRules, patients_of
 from tapct.data.patients.key import KEY_FILE, key_name
 from tapct.data.patients.memory import KnownScan, PatientChanges, PatientMemory
@@ -174,6 +177,22 @@ def indexed(scans: list[Scan], rules: PatientRules) -> tuple[list[Row], list[str
         for scan, patient in zip(scans, found)
     ]
     return rows, [patient.given for patient in found]
+
+
+def keep_patients(
+    rows: Sequence[Row], given: Sequence[str], older: Manifest, *, split_seed: int = 0
+) -> tuple[tuple[Row, ...], PatientMemory, PatientChanges]:
+    """The rows with the patients that they had, and what `kept_patients.keep_patients` returns."""
+    columns = ScanPatients.of((r.id, r.digest, r.patient, r.patient_from) for r in rows)
+    kept, memory, changes = kept_patients.keep_patients(
+        columns, hashes(given), older, split_seed=split_seed
+    )
+    pairs = zip(kept.patients.tolist(), kept.sources.tolist())
+    result = tuple(
+        replace(each, patient=patient.decode(), patient_from=RULES[source])
+        for each, (patient, source) in zip(rows, pairs, strict=True)
+    )
+    return result, memory, changes
 
 
 class History:

@@ -315,8 +315,8 @@ def test_a_folder_that_cannot_be_listed_becomes_a_row(
     (root / "p3").mkdir()
     scandir = os.scandir
 
-    def deny(path: str | Path) -> object:
-        if Path(path) == root / "p3":
+    def deny(path: str | Path | int) -> object:
+        if str(path) == str(root / "p3"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,28 @@ def test_a_layout_that_is_added_to_the_list_finds_labels(
     monkeypatch.setattr(pairing, "LAYOUTS", (*pairing.LAYOUTS, build))
     (row,) = build_manifest(root, tmp_path / "m.parquet").rows
     assert (row.path, row.label_path) == ("c1/ct.nii.gz", "c1/organs.nii.gz")
+
+
+NAMES = ("c1", "liver_1_0000", "volume-1", "sub-1_ct", "c1_seg", "segmentation-1", "sub-1_dseg")
+FOLDERS = ("", "p1/", "images/", "Labels/", "c1/", "c1_seg/", "masksTr/", "imagesTr/", "segs/x/")
+
+
+def test_an_archive_without_a_sign_of_labels_has_no_pairs(tmp_path: Path) -> None:
+    draw, num_without, num_pairs = random.Random(0), 0, 0
+    for number in range(300):
+        root = tmp_path / str(number)
+        for _ in range(draw.randrange(1, 6)):
+            folder, name = draw.choice(FOLDERS), draw.choice(NAMES + NAMES[:4] * 2)
+            file = root / f"{folder}{name}.nii.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        sources = find_sources(root)
+        pairs = pairing.pair_labels(sources, root, None)
+        if not any(pairing.may_hold_labels(source, root) for source in sources):
+            assert pairs == pairing.LabelPairs({}, frozenset())
+            num_without += 1
+        num_pairs += bool(pairs.label_of)
+    assert num_without > 20 and num_pairs > 50
 
 
 @pytest.mark.parametrize(

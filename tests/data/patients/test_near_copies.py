@@ -94,7 +94,9 @@ def test_the_index_joins_and_marks_near_copies(
     assert len({row.patient for row in rows.values()}) == num_patients
     marked = {path for path, row in rows.items() if NEAR_COPY in row.marks.split(",")}
     assert marked == {"Meyer/x.nii.gz", "k7/cropped.nii.gz"}
-    assert lines_about_patients(manifest.rows)[0].startswith("2 scans have slices of another scan")
+    assert lines_about_patients(manifest.row_table())[0].startswith(
+        "2 scans have slices of another scan"
+    )
 
 
 def test_whole_copies_are_duplicates_and_no_near_copies(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from shell import shell as shell  # a fixture
 from tapct.base.exits import UserError
 from tapct.data.index.build import build_manifest
 from tapct.data.index.patient_report import lines_about_patients
-from tapct.data.manifest import Row
+from tapct.data.manifest import Row, RowTable, rows_as_table
 from tapct.data.patients.identity import (
     SEVERAL_IDS,
     STAND_IN,
@@ -201,7 +201,7 @@ def test_one_study_is_one_patient_whatever_the_ids_and_the_rows_are_marked() -> 
     table = {"x1": "one", "x2.nii.gz": "two"}
     assert identified(*scans, column=table)[0][:2] == "ab", "the table of the user holds"
     row = Row("1", "a", "dicom", "accepted", marks=f"lossy,{SEVERAL_IDS}", patient_from="header")
-    assert lines_about_patients([row, row])[0].startswith(
+    assert lines_about_patients(RowTable(rows_as_table([row, row])))[0].startswith(
         "2 scans have one StudyInstanceUID and several PatientIDs; they count as one patient"
     )
 
@@ -323,10 +323,10 @@ def test_lines_about_patients_count_accepted_scans() -> None:
         Row("3", "c.nii.gz", "nifti", "accepted", patient="y", patient_from="header"),
         Row("4", "d.nii.gz", "nifti", "accepted", marks=f"lossy,{STAND_IN}", patient_from="study"),
     ]
-    stand_in, guess = lines_about_patients(rows)
+    stand_in, guess = lines_about_patients(RowTable(rows_as_table(rows)))
     assert stand_in.startswith("1 of 3 scans")
     assert guess.startswith("patients guessed from file names: 1 scan as 1 patient; check")
-    assert lines_about_patients(rows[2:3]) == []
+    assert lines_about_patients(RowTable(rows_as_table(rows[2:3]))) == []
 
 
 def test_series_without_an_identifier_are_one_patient_per_study(tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import JPEGExtended12Bit
-from scan_files import CT_STORAGE, make_ct, make_slice, refusal, write_series
+from scan_files import (
+    make_ct,
+    make_slice,
+    refusal,
+    write_enhanced,
+    write_series,
+)
 
 from tapct.data.index.build import build_manifest
 from tapct.data.readers import dicom_pixels
@@ -66,70 +72,6 @@ def test_ct_storage_without_modality_is_ct(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(folder).hu_ZYX, make_ct())
     mr = {"Modality": None, "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}
     assert refusal(write_series(tmp_path / "t", make_ct(), edit=lambda i: mr)) == "not_ct"
-
-
-def write_enhanced(
-    path: Path,
-    hu_ZYX: np.ndarray,
-    edit: Callable[[Dataset], None] = lambda dataset: None,
-    *,
-    first_mm: float = 100.0,
-    shared_rescale: bool = False,
-) -> Path:
-    """A multi-frame file, its frames in a mixed order, each with its own intercept."""
-    order = np.random.default_rng(5).permutation(len(hu_ZYX))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset = make_slice(
-        hu_ZYX[0],
-        0.0,
-        SOPClassUID=CT_STORAGE + ".1",
-        NumberOfFrames=len(hu_ZYX),
-        **dict.fromkeys(
-            ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
-        ),
-        RescaleSlope=None,
-        RescaleIntercept=None,
-    )
-    dataset.file_meta.MediaStorageSOPClassUID = CT_STORAGE + ".1"
-    frames, stored = [], []
-    for place in order:
-        intercept = -1024 if shared_rescale else -1024 - int(place)
-        frames.append(
-            item(
-                PlanePositionSequence={"ImagePositionPatient": [-10, -20, first_mm + 2.0 * place]},
-                FrameContentSequence={"InStackPositionNumber": int(place) + 1},
-                **({} if shared_rescale else {"PixelValueTransformationSequence": hu(intercept)}),
-            )
-        )
-        stored.append(hu_ZYX[place] - intercept)
-    shared = item(
-        PlaneOrientationSequence={"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]},
-        PixelMeasuresSequence={"PixelSpacing": [0.7, 0.8], "SliceThickness": 5.0},
-        CTReconstructionSequence={"ConvolutionKernel": "B30f"},
-        **({"PixelValueTransformationSequence": hu(-1024)} if shared_rescale else {}),
-    )
-    dataset.SharedFunctionalGroupsSequence = Sequence([shared])
-    dataset.PerFrameFunctionalGroupsSequence = Sequence(frames)
-    dataset.PixelData = np.stack(stored).astype(np.uint16).tobytes()
-    del dataset.ConvolutionKernel
-    edit(dataset)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-def hu(intercept: int) -> dict[str, object]:
-    return {"RescaleSlope": 1, "RescaleIntercept": intercept, "RescaleType": "HU"}
-
-
-def item(**sequences: dict[str, object]) -> Dataset:
-    """A data set of sequences with one item each."""
-    dataset = Dataset()
-    for name, content in sequences.items():
-        inner = Dataset()
-        for key, value in content.items():
-            setattr(inner, key, value)
-        setattr(dataset, name, Sequence([inner]))
-    return dataset
 
 
 @pytest.mark.parametrize("shared_rescale", [False, True])

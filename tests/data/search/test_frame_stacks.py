@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from scan_files import make_ct
-from test_dicom_files import item, write_enhanced
+from scan_files import item, make_ct, write_enhanced
 
 from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest

@@ -15,6 +15,11 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    return bool(words.keys_by_word(stem_of(source.path)))
+
+
 def build(archive: LabelArchive) -> Layout:
     """Find all files of an archive that are named like labels."""
     labels: dict[FolderAndStem, Path] = {}  # by folder and key

@@ -19,6 +19,12 @@ _ENTITY = re.compile(r"[A-Za-z]+-[A-Za-z0-9]+")
 _ADDED = ("space", "desc", "label", "seg", "res", "den", "atlas", "hemi")  # by a derivative
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    entities, suffix = _parse(stem_of(source.path))
+    return bool(entities) and suffix.lower() in _SUFFIXES
+
+
 def build(archive: LabelArchive) -> Layout:
     """Find all label files of an archive that carry BIDS entities."""
     labels: dict[frozenset[str], list[Path]] = defaultdict(list)

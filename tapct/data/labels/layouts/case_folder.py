@@ -15,6 +15,11 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    return words.is_only_label_word(stem_of(source.path))
+
+
 def build(archive: LabelArchive) -> Layout:
     """Find the folders with one scan and one label file."""
     scans: dict[Path, list[Path]] = defaultdict(list)

@@ -29,11 +29,16 @@ class _Object:
     reference: Reference
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    return source.kind == DICOM_OBJECT and source.sop_class in (*SEGMENTATIONS, STRUCTURE_SET)
+
+
 def build(archive: LabelArchive) -> Layout:
     """Read the objects that hold labels and, if there are any, one header of every series."""
     objects: list[_Object] = []
     for source in archive.sources:
-        if source.kind == DICOM_OBJECT and source.sop_class in (*SEGMENTATIONS, STRUCTURE_SET):
+        if sign(source, archive.root):
             reference = reference_of(source.path)
             if reference is not None:
                 objects.append(_Object(source.path, reference))

@@ -15,6 +15,11 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """No source of an archive is labels by this layout: those of `--labels` are none of its."""
+    return False
+
+
 def build(archive: LabelArchive) -> Layout:
     """Prepare the search in the folder of `--labels`."""
     num_with = Counter(stem_of(source.path) for source in archive.sources)

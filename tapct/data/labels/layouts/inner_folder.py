@@ -13,6 +13,11 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    return source.path != root and source.path.parent.name.lower() in words.LABEL_FOLDERS
+
+
 def build(archive: LabelArchive) -> Layout:
     """Find the files in folders that are named by a word for labels."""
     labels: dict[FolderAndStem, Path] = {}  # by folder of the scans and key

@@ -16,6 +16,11 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    return source.path != root and _may_hold_masks(source.path.parent, root)
+
+
 def build(archive: LabelArchive) -> Layout:
     """Find the folders of an archive that may hold masks."""
     masks: dict[Path, set[str]] = defaultdict(set)  # folder of masks -> stems in it

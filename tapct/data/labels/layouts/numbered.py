@@ -14,6 +14,11 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    return any(key.startswith("#") for key in words.keys_by_word(stem_of(source.path)))
+
+
 def build(archive: LabelArchive) -> Layout:
     """Find all files of an archive that are a word for labels and a number."""
     labels: dict[str, list[Path]] = defaultdict(list)

@@ -15,6 +15,12 @@ from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 
 
+def sign(source: Source, root: Path) -> bool:
+    """Whether a source may be labels by this layout; without one it finds nothing."""
+    folders = source.path.parent.relative_to(root).parts if source.path != root else ()
+    return any(folder.lower().startswith(words.LABEL_FOLDERS) for folder in folders)
+
+
 def build(archive: LabelArchive) -> Layout:
     """Prepare the search in the folders of labels of an archive."""
     stems_in: dict[Path, list[str]] = defaultdict(list)
