@@ -155,7 +155,7 @@ def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
 
 
 def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
-    """Features of a block with two windows side by side, whose registers are two copies of the class token."""
+    """Features of a block with two windows side by side; their registers are two class tokens."""
     flat_DN = channels_DZYX.flatten(1)
     windows = WindowVectors(
         torch.stack([0.8 * cls_D, 1.2 * cls_D]),

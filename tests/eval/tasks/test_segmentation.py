@@ -673,7 +673,7 @@ def test_last4_reads_the_channels_of_several_blocks():
 
 
 def test_the_decoder_reads_the_class_tokens_around_a_patch():
-    """Patches without any information: only the class tokens tell the two organs apart."""
+    """Patches without any information: only the class tokens distinguish the two organs."""
 
     def known(scan, grid, dense):
         z, y, x = grid.shape
