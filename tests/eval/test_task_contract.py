@@ -41,6 +41,7 @@ POINTS = {
     "b": (8.0, 24.0, 20.0), "c": (5.0, 15.0, 21.0), "d": (9.0, 10.0, 18.0),
 }  # fmt: skip
 GRID = PatchGrid((2, 4, 4), (12, 32, 32), (12, 32, 32))
+WINDOW = (12, 32, 16)  # voxels: two of them cover a scan
 
 # A task on whole scans, as a user writes it: nearest neighbour in the mean class token.
 NEAREST = """
@@ -150,11 +151,11 @@ def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
     cls_D = known + cls_noise * torch.from_numpy(rng.normal(size=3))
     last = block_of(channels, cls_D.float())
     first = block_of(channels.flip(0) * 0.5 + 1, cls_D.float() / 2)
-    return DenseFeatures(channels, cls_D.float(), GRID, {0: first, 1: last})
+    return DenseFeatures(channels, cls_D.float(), GRID, {0: first, 1: last}, WINDOW)
 
 
 def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
-    """Features of a block with two windows, whose registers are two copies of the class token."""
+    """Features of a block with two windows side by side; their registers are two class tokens."""
     flat_DN = channels_DZYX.flatten(1)
     windows = WindowVectors(
         torch.stack([0.8 * cls_D, 1.2 * cls_D]),
@@ -162,7 +163,7 @@ def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
         flat_DN.std(1, correction=0).expand(2, -1),
         flat_DN.amax(1).expand(2, -1),
         cls_D.expand(2, 2, -1),
-        torch.zeros(2, 3, dtype=torch.int64),
+        torch.tensor([[0, 0, 0], [0, 0, WINDOW[2]]]),
     )
     return BlockFeatures(channels_DZYX, windows)
 

@@ -231,12 +231,15 @@ class DenseFeatures:
         blocks: number of a block, counted from 0 -> its features, for the blocks that a task asked
             for (`Task.blocks`). The last block is always there. Empty where features were not
             computed by `features_of`.
+        window: voxels (z, y, x) of a window in the resized scan; None where features were not
+            computed by `features_of`.
     """
 
     features_DZYX: Tensor
     cls_D: Tensor
     grid: PatchGrid
     blocks: Mapping[int, BlockFeatures] = field(default_factory=dict)
+    window: Size3 | None = None
 
     def tokens_ND(self, block: int | None = None) -> Tensor:
         """The features as rows, patches in (z, y, x) raster order.
@@ -248,6 +251,50 @@ class DenseFeatures:
         if block is not None:
             features_DZYX = self.blocks[block].features_DZYX
         return features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
+
+    def cls_around_ND(self) -> Tensor:
+        """The class token of the windows around each patch, of the last block, as rows in the order
+        of `tokens_ND`.
+
+        The windows form a full grid. Along each axis, the class token is interpolated linearly
+        between the windows whose centres are next to the centre of the patch. Beyond the outermost
+        centres, the value is held.
+
+        Raises:
+            ValueError: the features were not computed by `features_of`.
+        """
+        if self.window is None or not self.blocks:
+            raise ValueError("class tokens of windows need features that `features_of` computed")
+        windows = self.blocks[max(self.blocks)].windows
+        matrices, counts = [], []
+        for axis, side in enumerate(self.window):
+            start_K = windows.start_W3[:, axis].unique()
+            patch_N = torch.arange(self.grid.shape[axis]) + 0.5
+            matrix_NK = _between(patch_N * self.grid.patch[axis], start_K + side / 2)
+            matrices.append(matrix_NK.to(windows.cls_WD))
+            counts.append(len(start_K))
+        cls_KKKD = windows.cls_WD.unflatten(0, counts)  # windows in (z, y, x) raster order
+        for axis, matrix_NK in enumerate(matrices):
+            cls_KKKD = torch.tensordot(matrix_NK, cls_KKKD.movedim(axis, 0), 1).movedim(0, axis)
+        return cls_KKKD.flatten(0, 2)
+
+
+def _between(at_N: Tensor, knots_K: Tensor) -> Tensor:
+    """Weights of linear interpolation: (N, K), rows sum to 1. Beyond the first and the last knot,
+    the value is held.
+
+    Args:
+        at_N: places that need a value.
+        knots_K: places of the values, ascending.
+    """
+    weights_NK = torch.zeros(len(at_N), len(knots_K))
+    above_N = torch.searchsorted(knots_K, at_N).clamp(max=len(knots_K) - 1)
+    below_N = (above_N - 1).clamp(min=0)
+    distance_N = (knots_K[above_N] - knots_K[below_N]).clamp(min=1)  # 0 where both are one knot
+    share_N = ((at_N - knots_K[below_N]) / distance_N).clamp(0, 1)
+    weights_NK.scatter_add_(1, below_N[:, None], (1 - share_N)[:, None])
+    weights_NK.scatter_add_(1, above_N[:, None], share_N[:, None])
+    return weights_NK
 
 
 def _largest(maps_CYX: np.ndarray) -> np.ndarray:

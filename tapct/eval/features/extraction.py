@@ -73,24 +73,27 @@ class MemorySink:
         """Keep the vectors."""
         self.windows[block] = windows
 
-    def dense(self, last: int) -> DenseFeatures:
+    def dense(self, last: int, window: Size3) -> DenseFeatures:
         """The features of a finished scan.
 
         Args:
             last: number of the backbone's last block.
+            window: voxels of a window.
         """
         blocks = {
             block: BlockFeatures(rows.permute(3, 0, 1, 2), self.windows[block])
             for block, rows in self.features_ZYXD.items()
         }
-        return dense_of(blocks, last, self.grid)
+        return dense_of(blocks, last, self.grid, window)
 
 
-def dense_of(blocks: dict[int, BlockFeatures], last: int, grid: PatchGrid) -> DenseFeatures:
+def dense_of(
+    blocks: dict[int, BlockFeatures], last: int, grid: PatchGrid, window: Size3
+) -> DenseFeatures:
     """The features of a scan from those of its blocks, the last one among them."""
     of_last = blocks[last]
     cls_D = of_last.windows.cls_WD.mean(0)
-    return DenseFeatures(of_last.features_DZYX, cls_D, grid, blocks)
+    return DenseFeatures(of_last.features_DZYX, cls_D, grid, blocks, window)
 
 
 class _BlockSums:
@@ -354,7 +357,7 @@ def features_of(
     extractor = Extractor(model, preprocess, batch=batch)
     extractor.add(prepared, sorted({*blocks, last}), sink)
     extractor.flush()
-    return sink.dense(last)
+    return sink.dense(last, preprocess.window)
 
 
 def dense_features(

@@ -202,7 +202,8 @@ class Features:
                 found = self._again(scan, model, key, block)
             blocks[block] = found[0]
         self.cache.alive()
-        return dense_of(blocks, model.last, model.grid(scan.shape_ZYX, scan.spacing_mm))
+        grid = model.grid(scan.shape_ZYX, scan.spacing_mm)
+        return dense_of(blocks, model.last, grid, model.preprocess.window)
 
     def num_bytes(self, scan: LabelledScan, model: EvaluatedModel) -> int:
         """Bytes of the features of a scan in memory, about."""

@@ -49,6 +49,7 @@ from tapct.types import IGNORE_LABEL, LabelMap
 
 RESOLUTIONS = ("patch", "voxel")
 BLOCKS = ("last", "last4")
+CONTEXTS = ("none", "cls")
 MOST_NAMES = 12  # in the line about the organs of the mean
 NOTHING_FOUND = 0.005  # a mean Dice below this is shown as 0.00
 
@@ -70,6 +71,13 @@ class Config(ClassSettings, DecoderConfig):
         "`last`: features of the last block; `last4`: features of the last four blocks, one after "
         "the other",
         choices=BLOCKS,
+    )
+    context: str = setting(
+        "none",
+        "what the decoder reads beside the features of a patch: `cls` is the class token of the "
+        "windows around the patch, interpolated between the centres of the windows; it shows where "
+        "in the body the patch lies. `none` is nothing",
+        choices=CONTEXTS,
     )
     max_tokens: int = setting(
         49152, "maximum number of training patches of all scans together, stratified by label", ge=1
@@ -205,10 +213,12 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _features(self, dense: DenseFeatures) -> Tensor:
         """The features that the decoder reads: float32 (N, D) in raster order."""
-        if self.config.blocks == "last" or not dense.blocks:
-            return dense.tokens_ND()
-        wanted = self.blocks(1 + max(dense.blocks))
-        return torch.cat([dense.tokens_ND(block) for block in wanted], dim=1)
+        parts = [dense.tokens_ND()]
+        if self.config.blocks == "last4" and dense.blocks:
+            parts = [dense.tokens_ND(block) for block in self.blocks(1 + max(dense.blocks))]
+        if self.config.context == "cls":
+            parts.append(dense.cls_around_ND())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def fit(self) -> None:
         """Fit the decoders of each model; classes are those that occur in the training scans.

@@ -139,4 +139,4 @@ class ScanEncoder:
                 f"features in {cache.folder} were removed as soon as they were written; choose "
                 "another folder with --cache"
             )
-        return dense_of(entries, self.num_blocks - 1, grid)
+        return dense_of(entries, self.num_blocks - 1, grid, self.preprocess.window)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Size3, patch_grid
 from tapct.eval.features import extraction
 from tapct.eval.features.dense import PatchGrid, WindowVectors
 from tapct.eval.features.extraction import Extractor, MemorySink, dense_features, features_of
-from tapct.eval.features.prepared import prepare
+from tapct.eval.features.prepared import Prepared, prepare
 from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.windows import window_starts
 from tapct.eval.models.baselines import PositionFeatures, RawPatches
 from tapct.models import vit
 from tapct.nn.contracts import Backbone
@@ -118,7 +122,7 @@ def test_windows_of_several_scans_share_batches_and_stay_apart():
     assert set(sizes[:-1]) == {4} and sum(sizes) == num_windows
     for hu_ZYX, sink in zip(scans, sinks, strict=True):
         alone = dense_features(small_vit(), hu_ZYX, CONTRACT, PREPROCESS, batch=1, blocks=(0,))
-        for block, found in sink.dense(2).blocks.items():
+        for block, found in sink.dense(2, PREPROCESS.window).blocks.items():
             expected = alone.blocks[block]
             torch.testing.assert_close(
                 found.features_DZYX, expected.features_DZYX, atol=1e-5, rtol=0
@@ -273,3 +277,67 @@ def test_memory_does_not_grow_with_the_depth_of_a_scan(monkeypatch: pytest.Monke
         features_of(small_vit(), prepared, PREPROCESS, batch=4)
     vectors = 4 * 16 * (1 + 2 + 3)  # bytes: class token, registers, mean, std and max
     assert held == [vectors, vectors]
+
+
+class CornerModel(nn.Module):
+    """A backbone whose class token is the smallest voxel of its window along each of three ramps:
+    it shows where the window begins.
+    """
+
+    def __init__(self, patch: Size3, width: int) -> None:
+        super().__init__()
+        self.patch, self.dim, self.width = patch, 3, width
+
+    def forward(self, crops: Sequence[Tensor]) -> list[Tokens]:
+        found = []
+        for crop_BZYX in crops:
+            grid = patch_grid(tuple(crop_BZYX.shape[1:]), self.patch, "window")
+            code_B = crop_BZYX[:, 0, 0, 0].round().long()
+            yx_B = code_B % self.width**2
+            places = (code_B // self.width**2, yx_B // self.width, yx_B % self.width)
+            cls_B3 = torch.stack(places, 1).float()
+            patches_BN3 = torch.zeros(len(cls_B3), math.prod(grid), 3)
+            found.append(Tokens(cls_B3, patches_BN3[:, :0], patches_BN3, grid))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("stride", "refine"),
+    [
+        ((4, 8, 8), (1, 1, 1)),
+        ((2, 16, 8), (1, 1, 1)),
+        ((4, 12, 4), (1, 2, 2)),
+        ((2, 4, 12), (1, 2, 2)),
+    ],
+)
+def test_the_class_token_around_a_patch_is_that_of_the_windows_next_to_it(
+    stride: Size3, refine: Size3
+) -> None:
+    shape, window, patch, width = (10, 30, 44), (4, 16, 16), (2, 8, 8), 64
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    code_ZYX = torch.from_numpy((z * width + y) * width + x).float()
+    preprocess = Preprocess(window=window, stride=stride, refine=refine)
+    cell = preprocess.cell(patch)
+    grid = PatchGrid(cell, shape, shape)
+    padded = [-(-n // side) * side for n, side in zip(shape, patch, strict=True)]
+    pads = [one for n, full in zip(shape[::-1], padded[::-1]) for one in (0, full - n)]
+    prepared = Prepared(nn.functional.pad(code_ZYX, pads), grid)
+    dense = features_of(CornerModel(patch, width), prepared, preprocess)
+    found_N3 = dense.cls_around_ND()
+    # another derivation: a class token is the first voxel of its window, so along each axis the
+    # answer is the first voxel of a window that lies around the patch, unless that is no place
+    expected = []
+    for axis in range(3):
+        starts = np.array(window_starts(padded[axis], window[axis], stride[axis]), float)
+        centre = (np.arange(grid.shape[axis]) + 0.5) * cell[axis]
+        first = centre - window[axis] / 2
+        expected.append(np.clip(first, starts[0], starts[-1]))
+    expected_ZYX3 = np.stack(np.meshgrid(*expected, indexing="ij"), -1)
+    np.testing.assert_allclose(found_N3.numpy(), expected_ZYX3.reshape(-1, 3), atol=1e-4)
+
+
+def test_class_tokens_around_patches_need_the_windows() -> None:
+    dense = dense_features(small_vit(), scan((4, 16, 16), 0), CONTRACT, PREPROCESS)
+    assert dense.cls_around_ND().shape == dense.tokens_ND().shape
+    with pytest.raises(ValueError, match="features_of"):
+        replace(dense, window=None).cls_around_ND()

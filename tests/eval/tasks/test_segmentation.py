@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage, optimize, special
 
 from tapct.base.exits import UserError
-from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
 from tapct.eval.heads.decoder import SoftDice, fit_decoder
 from tapct.eval.heads.minibatch_decoder import fit_head
 from tapct.eval.labels.truth import OUTSIDE, patch_truth
@@ -19,6 +19,7 @@ from tapct.eval.organs.dice import dice_from_confusion
 from tapct.eval.organs.label_fractions import Draw, LabelFractions, patients_of_draw
 from tapct.eval.results.old_formats import curve_of
 from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.tasks.segmentation import Config, build
 from tapct.types import IGNORE_LABEL, LabelMap, Volume
 
@@ -669,6 +670,36 @@ def test_last4_reads_the_channels_of_several_blocks():
     task.learn("m", both, task.truth(scan, grid, everywhere(grid)))
     kept = task._kept["m"][0].features_KD
     torch.testing.assert_close(kept[:, :5], 2 * kept[:, 5:])
+
+
+def test_the_decoder_reads_the_class_tokens_around_a_patch():
+    """Patches without any information: only the class tokens distinguish the two organs."""
+
+    def known(scan, grid, dense):
+        z, y, x = grid.shape
+        empty = torch.zeros(1, *grid.shape)
+        # one window per patch, whose class token is the truth of the patch
+        start = [[i, j, k] for i in range(z) for j in range(y) for k in range(x)]
+        start_W3 = torch.tensor(start) * torch.tensor(grid.patch)
+        cls_WD = dense.tokens_ND()
+        windows = WindowVectors(cls_WD, cls_WD, cls_WD, cls_WD, cls_WD[:, None][:, :0], start_W3)
+        blocks = {0: BlockFeatures(empty, windows)}
+        return DenseFeatures(empty, cls_WD.mean(0), grid, blocks, grid.patch)
+
+    means = {}
+    for context in ("none", "cls"):
+        task = build(Config(context=context), seed=0)
+        task.begin(3)
+        for number in (1, 2, 3):
+            scan, grid, dense = scene(number, "train")
+            task.learn(
+                OWN_MODEL, known(scan, grid, dense), task.truth(scan, grid, everywhere(grid))
+            )
+        task.fit()
+        scan, grid, dense = scene(4, "test")
+        task.judge(OWN_MODEL, known(scan, grid, dense), task.truth(scan, grid, everywhere(grid)))
+        means[context] = task.headline().values[OWN_MODEL]
+    assert means["cls"] > means["none"] + 0.3, means
 
 
 def test_an_organ_that_only_one_model_has_kept_is_a_class():
