@@ -10,7 +10,7 @@ The archive is made of tiny DICOM files, or of tiny NIfTI files, each of which i
 file is measured, not the decoding of voxels. All files are in the page cache. Memory is that of the
 process of the command, and that of the largest of its processes. Next to the commands, pydicom
 reads header and pixels of some of the DICOM files in one process, and does nothing else; `of
-pydicom` is the rate of the command over that rate.
+pydicom` is the rate of the command divided by that rate.
 """
 
 from __future__ import annotations

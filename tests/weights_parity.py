@@ -102,10 +102,11 @@ def ways() -> list[Way]:
     return [
         Way("TAP-CT folder, prefix model.", file_of(prefixed(published, "model."), **tap_ct),
             small, published, {}, from_3d),
-        Way("TAP-CT folder, no prefix, deeper", file_of(published, **tap_ct),
+        Way("TAP-CT folder, no prefix, more slices", file_of(published, **tap_ct),
             image(20, 40, 24), published, {}, from_3d),
         Way("DINOv2 .safetensors, native", file_of(plain), square, plain, rgb, {}),
-        Way("DINOv2 .pth, other size, +0.1", file_of(plain, "a.pth"), wide, plain, rgb, resize),
+        Way("DINOv2 .pth, other image size, pos_offset 0.1", file_of(plain, "a.pth"), wide, plain,
+            rgb, resize),
         Way("DINOv2 teacher .pth, chunks", file_of(teacher, "b.pth"), wide, plain, rgb, resize),
         Way("DINOv2 student and teacher .pth", file_of(whole, "c.pth"), square, plain, rgb, {}),
         Way("DINOv2 with registers", file_of(registers), wide, registers, rgb, by_size),
@@ -171,13 +172,13 @@ def largest_difference(way: Way, folder: Path) -> tuple[float, tuple[int, ...]]:
 def main() -> None:
     print(f"torch {torch.__version__}, safetensors {safetensors.__version__}, ", end="")
     print(f"tapct {tapct.__version__}, Python {sys.version.split()[0]}; float32 against float64")
-    print(f"{'way in':<34} {'input':>16} {'patch tokens':>16} {'largest difference':>20}")
+    print(f"{'way in':<46} {'input':>16} {'patch tokens':>16} {'largest difference':>20}")
     for number, way in enumerate(ways()):
         with tempfile.TemporaryDirectory() as folder:
             difference, shape = largest_difference(way, Path(folder) / str(number))
         size = "x".join(map(str, way.images.shape))
         tokens = "x".join(map(str, shape))
-        print(f"{way.name:<34} {size:>16} {tokens:>16} {difference:>20.1e}")
+        print(f"{way.name:<46} {size:>16} {tokens:>16} {difference:>20.1e}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ def of_context(context: typer.Context, command: str = "train") -> Resources:
         context: context of a command whose parameters have the names of `Resources`, with `time`
             and `grace`. A command may leave some out; the file of the site may set these for other
             commands.
-        command: section of the file of the site. Of all but train, a grace that the command line
-            does not give is at most a quarter of the time limit, since elements may be short.
+        command: section of the file of the site. If the command line gives no grace, that of all
+            commands but train is at most a quarter of the time limit, since elements may be short.
     """
     from tapct.cluster import resources, site, slurm
 

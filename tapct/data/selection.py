@@ -330,7 +330,7 @@ class _Parser:
         return pc.match_substring_regex(column, f"(^|,){re.escape(text)}(,|$)")
 
     def known(self, node: ast.Call) -> _Value:
-        """`known(COLUMN)`: whether a file gave the value."""
+        """`known(COLUMN)`: whether the value of a scan in this column is known."""
         is_known = isinstance(node.func, ast.Name) and node.func.id == "known"
         if not is_known or node.keywords or len(node.args) != 1:
             raise self.wrong(

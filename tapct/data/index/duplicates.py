@@ -36,9 +36,9 @@ COLUMNS = (
 class Copies:
     """The accepted scans of an archive that have the voxels of another one.
 
-    The first copy with a label map is kept, else the first one. Where copies differ in spacing, or
-    are mirrored or turned against each other, at most one of them is right and nobody knows which:
-    all of them are refused.
+    The first copy with a label map is kept, else the first one. If copies differ in spacing,
+    or by their headers one is a mirrored or rotated form of another, at most one of them is right
+    and nobody knows which: all of them are refused.
 
     Args:
         read: function that returns COLUMNS of all scans in the order of their paths, some at a
@@ -119,7 +119,7 @@ def _contradiction(group: Sequence[Mapping[str, Any]]) -> str:
     first = group[0]
     for row in group[1:]:
         if row["digest"] != first["digest"]:
-            return "their headers mirror or turn them against each other"
+            return "by their headers, one is a mirrored or rotated form of the other"
         if not np.allclose(_spacing(row), _spacing(first), rtol=SPACING_TOLERANCE, atol=0):
             one, other = ("x".join(f"{mm:.4g}" for mm in _spacing(each)) for each in (first, row))
             return f"their spacings (z, y, x) are {one} mm and {other} mm"

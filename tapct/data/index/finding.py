@@ -315,8 +315,8 @@ def _ranks(paths: Sequence[pyarrow.ChunkedArray], root: Path) -> np.ndarray:
 
 
 def _pairs_of(sources: PlacedRows, request: _Request) -> LabelPairs:
-    """Which label map belongs to which scan. All sources are in memory only where some may be label
-    maps.
+    """Which label map belongs to which scan. All sources are in memory at once only if some may be
+    label maps.
     """
     root = request.inputs.root
     all_sources = functools.partial(map, source_of_row)

@@ -9,6 +9,6 @@ To add another layout: write `labels/layouts/NAME.py` with a function `build(arc
 an `archive.Layout`, and a function `sign(source, root)`, and add it to the modules in `pairing`.
 What a layout knows of the archive is `archive.LabelArchive`. A layout decides by names (or by the
 references of DICOM objects) alone; whether the labels lie on the scan's grid is checked later, when
-both files are read. `sign` returns whether a file may be labels by this layout: where none may be,
-the archive is not kept in memory to find pairs.
+both files are read. `sign` returns True if a file may be a label file by this layout. If it returns
+False for all layouts and files, the archive is not held in memory to find pairs.
 """

@@ -128,8 +128,9 @@ def pair_labels(
 
 
 def may_hold_labels(source: Source, root: Path) -> bool:
-    """Whether a source may be labels by one of the layouts. Where no source of an archive is, and
-    no folder of labels was given, `pair_labels` finds nothing, and need not be called.
+    """Whether a source may be a label file by one of the layouts. If this is False for all sources
+    of an archive and no folder of labels was given, `pair_labels` finds nothing and need not be
+    called.
 
     Args:
         source: what may be a scan or a label map.

@@ -12,7 +12,7 @@ look like a visit, a phase or a reconstruction, do not make another person.
 | `sub-01/ses-2/ct/sub-01_ses-2_ct` | `sub-01` | BIDS |
 | `p7a`, `Meyer2019`, `P7Base` | `p7`, `meyer`, `p7` | so are endings without a separator |
 | `CT1/p02`, `CT2/p02` | `p02` | `CT1` counts scans, since a name with a number follows |
-| `batch1/ser2`, `batch2/ser2` | `batch1`, `batch2` | a generic name joins no two folders |
+| `batch1/ser2`, `batch2/ser2` | `batch1`, `batch2` | generic names do not join folders |
 """
 
 from __future__ import annotations

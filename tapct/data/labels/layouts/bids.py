@@ -20,7 +20,7 @@ _ADDED = ("space", "desc", "label", "seg", "res", "den", "atlas", "hemi")  # by 
 
 
 def sign(source: Source, root: Path) -> bool:
-    """Whether a source may be labels by this layout; without one it finds nothing."""
+    """Whether a source may be a label file by this layout."""
     entities, suffix = _parse(stem_of(source.path))
     return bool(entities) and suffix.lower() in _SUFFIXES
 

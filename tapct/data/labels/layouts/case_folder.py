@@ -16,7 +16,7 @@ from tapct.data.search.discover import Source
 
 
 def sign(source: Source, root: Path) -> bool:
-    """Whether a source may be labels by this layout; without one it finds nothing."""
+    """Whether a source may be a label file by this layout."""
     return words.is_only_label_word(stem_of(source.path))
 
 

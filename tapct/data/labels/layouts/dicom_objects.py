@@ -30,7 +30,7 @@ class _Object:
 
 
 def sign(source: Source, root: Path) -> bool:
-    """Whether a source may be labels by this layout; without one it finds nothing."""
+    """Whether a source may be a label file by this layout."""
     return source.kind == DICOM_OBJECT and source.sop_class in (*SEGMENTATIONS, STRUCTURE_SET)
 
 

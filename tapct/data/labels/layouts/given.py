@@ -16,7 +16,7 @@ from tapct.data.search.discover import Source
 
 
 def sign(source: Source, root: Path) -> bool:
-    """No source of an archive is labels by this layout: those of `--labels` are none of its."""
+    """False: the files of `--labels` are found by this option, and not by their names."""
     return False
 
 

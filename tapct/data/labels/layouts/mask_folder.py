@@ -17,7 +17,7 @@ from tapct.data.search.discover import Source
 
 
 def sign(source: Source, root: Path) -> bool:
-    """Whether a source may be labels by this layout; without one it finds nothing."""
+    """Whether a source may be a label file by this layout."""
     return source.path != root and _may_hold_masks(source.path.parent, root)
 
 

@@ -16,7 +16,7 @@ from tapct.data.search.discover import Source
 
 
 def sign(source: Source, root: Path) -> bool:
-    """Whether a source may be labels by this layout; without one it finds nothing."""
+    """Whether a source may be a label file by this layout."""
     folders = source.path.parent.relative_to(root).parts if source.path != root else ()
     return any(folder.lower().startswith(words.LABEL_FOLDERS) for folder in folders)
 
