@@ -219,6 +219,7 @@ def test_the_header_of_a_published_config_states_the_flops_of_its_plan(name: str
     assert [float(number) for number in stated.groups()] == pytest.approx(facts, rel=0.03)
 
 
+@pytest.mark.slow  # 20 s, to compile the blocks
 def test_the_header_for_small_batches_states_the_memory_of_its_plan() -> None:
     path = ROOT / "configs" / "tap_s_3d_small_batch.yaml"
     config = load_config(RunConfig, path, []).value

@@ -22,7 +22,7 @@ from tapct.data.search import seen_folders
 from tapct.types import PatientClues, ScanFacts, Volume
 
 MOST_BYTES = 600  # of a scan; an index with objects for every scan needed 6000 and more
-FEW, MANY = 100, 500
+FEW, MANY = 80, 240
 POOLS: list[pyarrow.MemoryPool] = []  # what was allocated in a pool must not outlive it
 
 
