@@ -130,13 +130,8 @@ class PatchGrid:
         centre = (torch.arange(num_voxels, dtype=torch.float64) + 0.5) * (
             self.resized[axis] / num_voxels
         )
-        position = (centre / self.patch[axis] - 0.5).clamp(0, num_patches - 1)
-        low = position.floor().long().clamp(max=max(num_patches - 2, 0))
-        share = position - low
-        matrix = torch.zeros(num_voxels, num_patches, dtype=torch.float64)
-        matrix.scatter_add_(1, low[:, None], (1 - share)[:, None])
-        matrix.scatter_add_(1, (low + 1).clamp(max=num_patches - 1)[:, None], share[:, None])
-        return matrix.float()
+        position = centre / self.patch[axis] - 0.5
+        return _between(position, torch.arange(num_patches, dtype=torch.float64)).float()
 
     def voxel_slabs(self, maps_CZYX: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Linear upsampling of maps on the patch grid to the original voxels, a bounded slab of
@@ -287,10 +282,11 @@ def _between(at_N: Tensor, knots_K: Tensor) -> Tensor:
         at_N: places that need a value.
         knots_K: places of the values, ascending.
     """
-    weights_NK = torch.zeros(len(at_N), len(knots_K))
+    weights_NK = at_N.new_zeros(len(at_N), len(knots_K))
     above_N = torch.searchsorted(knots_K, at_N).clamp(max=len(knots_K) - 1)
     below_N = (above_N - 1).clamp(min=0)
-    distance_N = (knots_K[above_N] - knots_K[below_N]).clamp(min=1)  # 0 where both are one knot
+    distance_N = knots_K[above_N] - knots_K[below_N]
+    distance_N[above_N == below_N] = 1  # both are the first knot, and so is the value
     share_N = ((at_N - knots_K[below_N]) / distance_N).clamp(0, 1)
     weights_NK.scatter_add_(1, below_N[:, None], (1 - share_N)[:, None])
     weights_NK.scatter_add_(1, above_N[:, None], share_N[:, None])
