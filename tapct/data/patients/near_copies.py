@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -122,16 +121,3 @@ class Sketches:
             places.append(chosen + start)
             start += len(block)
         return np.concatenate(hashes), np.concatenate(places)
-
-
-def pairs(sketches: Iterable[bytes]) -> Iterator[tuple[int, int]]:
-    """Numbers of near copies, each with the next one that shares a hash with it.
-
-    Args:
-        sketches: `sketch` of every scan of an archive; empty for none.
-    """
-    with Sketches() as all_sketches:
-        for each in sketches:
-            all_sketches.add(each)
-        found = all_sketches.pairs().tolist()
-    yield from map(tuple, found)
